@@ -1,0 +1,876 @@
+"""Llama in plain PyTorch: configuration, network, KV cache, generation, tokenizer, loading and saving.
+
+Everything works on packed tokens (N,) without a batch axis. The network asks one thing of the outside: a function
+`attend(layer, q, k, v) -> out`. Causal attention over packed documents, a KV cache and a technique that learns which
+heads need their cache are all just different `attend`s.
+
+    python model.py --model DIR --prompt "Why is the sky blue?"       # DIR in the Hugging Face layout
+"""
+import argparse
+import base64
+import binascii
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import sys
+import time
+import types
+import typing
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from attention_triton import attention
+
+# --- configuration --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_kv_head: int
+    n_embd: int
+    n_ff: int
+    head_dim: int
+    max_seq_len: int = 2048
+    rope_base: float = 10000.0
+    rope_scaling: dict | None = None  # {"rope_type": "llama3" or "linear", "factor": ...}; None = plain RoPE
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    bos_id: int | None = None
+    eos_ids: tuple = ()
+
+    @staticmethod
+    def from_hf(hf: dict):
+        """The config of a hub's config.json. Raises ValueError naming the field that is missing, wrong or unsupported."""
+        if hf.get("model_type", "llama") != "llama" or "LlamaForCausalLM" not in hf.get("architectures", ["LlamaForCausalLM"]):
+            raise ValueError(f"unsupported architecture {hf.get('architectures')} (model_type {hf.get('model_type')!r}): "
+                             "only LlamaForCausalLM is")
+        for name, plain in (("attention_bias", (False, None)), ("mlp_bias", (False, None)),
+                            ("hidden_act", ("silu", "swish", None)), ("quantization_config", (None,))):
+            if hf.get(name) not in plain:
+                raise ValueError(f"unsupported {name} = {hf[name]!r}")
+
+        def number(name, kind, default=None):
+            value = hf.get(name) if hf.get(name) is not None else default
+            if value is None:
+                raise ValueError(f"field {name!r} is missing")
+            if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
+                raise ValueError(f"field {name!r} must be a positive {kind.__name__}, got {value!r}")
+            return kind(value)
+
+        n_embd, n_head = number("hidden_size", int), number("num_attention_heads", int)
+        n_kv_head = number("num_key_value_heads", int, n_head)
+        if n_head % n_kv_head or (hf.get("head_dim") is None and n_embd % n_head):
+            raise ValueError(f"{n_head} query heads fit neither {n_kv_head} KV heads nor width {n_embd} evenly")
+        head_dim = number("head_dim", int, n_embd // n_head)
+        if head_dim % 2:
+            raise ValueError(f"head_dim must be even for RoPE, got {head_dim}")
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # newer and older spelling
+        eos = hf.get("eos_token_id")
+        return LlamaConfig(
+            vocab_size=number("vocab_size", int), n_layer=number("num_hidden_layers", int), n_head=n_head,
+            n_kv_head=n_kv_head, n_embd=n_embd, n_ff=number("intermediate_size", int), head_dim=head_dim,
+            max_seq_len=number("max_position_embeddings", int, 2048),
+            rope_base=float(rope.get("rope_theta") or number("rope_theta", float, 10000.0)), rope_scaling=check_rope(rope),
+            norm_eps=number("rms_norm_eps", float, 1e-6), tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            bos_id=hf.get("bos_token_id"), eos_ids=tuple(eos) if isinstance(eos, list) else (eos,) * (eos is not None))
+
+    def to_hf(self) -> dict:
+        """config.json as the hub spells it; from_hf reads back an equal config."""
+        eos = self.eos_ids[0] if len(self.eos_ids) == 1 else list(self.eos_ids) or None
+        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+                "vocab_size": self.vocab_size, "num_hidden_layers": self.n_layer, "num_attention_heads": self.n_head,
+                "num_key_value_heads": self.n_kv_head, "hidden_size": self.n_embd, "intermediate_size": self.n_ff,
+                "head_dim": self.head_dim, "max_position_embeddings": self.max_seq_len, "rope_theta": self.rope_base,
+                "rope_scaling": self.rope_scaling, "rms_norm_eps": self.norm_eps, "attention_bias": False,
+                "mlp_bias": False, "tie_word_embeddings": self.tie_embeddings, "bos_token_id": self.bos_id,
+                "eos_token_id": eos}
+
+
+def check_rope(rope: dict):
+    """The scaling part of rope_scaling or rope_parameters, or None if it changes nothing."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    needs = {"default": (), "linear": ("factor",),
+             "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+    if kind not in needs or rope.get("partial_rotary_factor", 1) != 1:
+        raise ValueError(f"unsupported rope_scaling {rope}: supported types are {', '.join(needs)}")
+    for name in needs[kind]:
+        if not isinstance(rope.get(name), (int, float)) or not 0 < rope[name] < math.inf:
+            raise ValueError(f"rope_scaling of type {kind!r} needs a positive {name!r}, got {rope.get(name)!r}")
+    return {"rope_type": kind, **{name: rope[name] for name in needs[kind]}} if needs[kind] else None
+
+
+# --- network: parameter names are the hub's -------------------------------------------------------------------------
+
+def rope_frequencies(config, device=None):
+    """Angle per position of each pair of head dimensions, (head_dim / 2,) float32 [radians / token].
+
+    Type llama3 stretches wave lengths beyond the original context by `factor`, keeps the short ones and blends in
+    between (Llama 3.1's model code); linear stretches all (arXiv:2306.15595)."""
+    freq = config.rope_base ** (-torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32) / config.head_dim)
+    s = config.rope_scaling
+    if s is None:
+        return freq
+    if s["rope_type"] == "linear":
+        return freq / s["factor"]
+    turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # full turns within the original context
+    keep = ((turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])).clamp(0, 1)
+    return keep * freq + (1 - keep) * freq / s["factor"]
+
+
+def rotate(x, cos, sin):
+    """RoPE as the hub lays heads out: the halves of head_dim hold the pairs. x (N, n_heads, D); cos, sin (N, 1, D)."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-b, a), dim=-1) * sin
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, n_embd, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(n_embd))
+        self.eps = eps
+
+    def forward(self, x):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return self.weight * (wide * (wide.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=False)
+
+    def forward(self, x, layer, attend, cos, sin):
+        q, k, v = (p(x).unflatten(1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        out = attend(layer, rotate(q, cos.to(q.dtype), sin.to(q.dtype)), rotate(k, cos.to(k.dtype), sin.to(k.dtype)), v)
+        return self.o_proj(out.flatten(1))  # (N, n_head, D) -> (N, n_embd)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.n_ff, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_ff, bias=False)
+        self.down_proj = nn.Linear(config.n_ff, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, layer, attend, cos, sin):
+        x = x + self.self_attn(self.input_layernorm(x), layer, attend, cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Trunk(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+
+
+class Llama(nn.Module):
+    """A Llama decoder on packed tokens. `checkpointing = True` recomputes each layer in the backward pass."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.checkpointing = False
+        self.model = Trunk(config)
+        self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+
+    def init_weights(self, seed: int):
+        """Fresh weights: every matrix N(0, 1 / fan_in), embeddings N(0, 1 / n_embd), norms 1."""
+        rng = torch.Generator().manual_seed(seed)
+        for p in self.parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=p.shape[1] ** -0.5, generator=rng)
+        return self
+
+    @property
+    def head(self):
+        """The output matrix (V, n_embd): its own, or the embeddings'."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def hidden(self, tokens, attend=None, positions=None):
+        """States after the final norm, (N, n_embd). Arguments as in forward."""
+        check_tokens(tokens, self.config.vocab_size)
+        attend = attend or causal([0, tokens.numel()])
+        positions = torch.arange(tokens.numel(), device=tokens.device) if positions is None else positions
+        angles = positions[:, None].float() * rope_frequencies(self.config, tokens.device).repeat(2)  # (N, D)
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # (N, 1, D)
+        x = self.model.embed_tokens(tokens)  # (N, n_embd)
+        for layer, block in enumerate(self.model.layers):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, layer, attend, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, layer, attend, cos, sin)
+        return self.model.norm(x)
+
+    def forward(self, tokens, attend=None, positions=None):
+        """Logits (N, V) of packed tokens (N,).
+
+        attend(layer, q, k, v) -> out like q: q (N, n_head, D), k, v (N, n_kv_head, D), RoPE applied; default: causal.
+        positions (N,) feed RoPE, 0 .. N-1 by default; packed documents need no reset, RoPE is relative.
+        Raises ValueError for a token outside the vocabulary."""
+        return F.linear(self.hidden(tokens, attend, positions), self.head)
+
+    def loss(self, tokens, targets, attend=None, cu_seqlens=None, weights=None):
+        """Mean cross-entropy [nats / target] over targets != -100; full logits never exist.
+
+        tokens, targets (N,); cu_seqlens (n_doc + 1,): attention stays inside each document (without it: one document;
+        an own `attend` sees to that itself); weights (N,) make the mean a weighted one.
+        Raises ValueError if nothing is left to predict."""
+        if attend is None and cu_seqlens is not None:
+            attend = causal(cu_seqlens)
+        return cross_entropy(self.hidden(tokens, attend), self.head, targets, weights)
+
+
+def check_tokens(tokens, vocab_size):
+    if tokens.numel() and (tokens.min() < 0 or tokens.max() >= vocab_size):
+        bad = int(tokens.max() if tokens.max() >= vocab_size else tokens.min())
+        raise ValueError(f"token {bad} is outside the vocabulary of {vocab_size}")
+
+
+def causal(cu_seqlens):
+    """The plain `attend`: causal attention inside each packed document."""
+    return lambda layer, q, k, v: attention(q, k, v, cu_seqlens, cu_seqlens)
+
+
+def cross_entropy(hidden, head, targets, weights=None):
+    """Mean cross-entropy [nats] of hidden (N, n_embd) through head (V, n_embd), over targets (N,) != -100."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    weights = torch.ones_like(targets, dtype=wide) if weights is None else weights.to(wide)
+    rows = targets != -100
+    if not rows.all():
+        hidden, targets, weights = hidden[rows], targets[rows], weights[rows]
+    if not weights.sum() > 0:
+        raise ValueError("no target to predict: all are -100 or weigh nothing")
+    return CrossEntropy.apply(hidden, head, targets, weights / weights.sum())
+
+
+class Batch(typing.NamedTuple):
+    """Packed documents to learn from: tokens (N,), targets (N,) with -100 for none, cu_seqlens (n_doc + 1,), and
+    weights (N,) of the targets or None."""
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    cu_seqlens: torch.Tensor
+    weights: torch.Tensor | None = None
+
+
+class CrossEntropy(torch.autograd.Function):
+    """sum_i w_i * nll_i, a block of rows at a time. The gradient is formed while a block's logits are at hand: they are
+    computed once, and a block's (BLOCK, V) float32 numbers are all that ever exists of them."""
+
+    BLOCK = 1024  # rows; 128k tokens of vocabulary make 0.5 GB of it
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets, weights):
+        need_hidden, need_head = ctx.needs_input_grad[:2]
+        loss = weights.new_zeros(())
+        d_hidden = torch.empty_like(hidden) if need_hidden else None
+        d_head = torch.zeros_like(head, dtype=loss.dtype) if need_head else None
+        for start in range(0, len(targets), CrossEntropy.BLOCK):
+            rows = slice(start, start + CrossEntropy.BLOCK)
+            logits = F.linear(hidden[rows], head).to(loss.dtype)  # (BLOCK, V)
+            lse = logits.logsumexp(1)
+            loss += weights[rows] @ (lse - logits.gather(1, targets[rows, None])[:, 0])
+            if need_hidden or need_head:
+                d = logits.sub_(lse[:, None]).exp_()  # softmax; minus one at the target:
+                d.scatter_add_(1, targets[rows, None], d.new_full((len(d), 1), -1.0))
+                d = d.mul_(weights[rows, None]).to(hidden.dtype)
+                if need_hidden:
+                    d_hidden[rows] = d @ head
+                if need_head:
+                    d_head += d.mT @ hidden[rows]
+        ctx.save_for_backward(d_hidden, None if d_head is None else d_head.to(head.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *(None if d is None else d * grad.to(d.dtype) for d in ctx.saved_tensors), None, None
+
+
+def warmup_cosine(step, steps, warmup, floor) -> float:
+    """Scale of a learning rate: linear over the first share `warmup` of the steps, then a cosine down to `floor`."""
+    first = math.ceil(warmup * steps)
+    if step < first:
+        return (step + 1) / first
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, steps - first)))
+
+
+# --- KV cache -------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Slab:
+    """The KV heads of one layer that hold equally many entries: k, v (heads, capacity, D), pos (heads, capacity)."""
+    heads: list
+    k: torch.Tensor
+    v: torch.Tensor
+    pos: torch.Tensor
+    n: int  # entries in use
+
+    def append(self, k, v, pos):
+        """k, v (heads, T, D) and their positions (T,) become entries n .. n+T."""
+        n = self.n + k.shape[1]
+        if n > self.k.shape[1]:  # one slab at a time, and to 1/64 above need: a second whole cache never exists
+            room = n + n // 64
+            self.k, self.v, self.pos = (
+                torch.cat((x[:, :self.n], x.new_empty(x.shape[0], room - self.n, *x.shape[2:])), 1)
+                for x in (self.k, self.v, self.pos))
+        self.k[:, self.n:n], self.v[:, self.n:n], self.pos[:, self.n:n] = k, v, pos
+        self.n = n
+
+
+class KVCache:
+    """Keys and values of one sequence: per layer and KV head its own number of entries, each with its true position.
+
+    K is stored after RoPE, KV heads once however many query heads read them. A `policy(cache, layer, q)` is called when
+    a layer has attended and may drop entries of that layer there and then, by `cache.keep`; None keeps all.
+    `log` holds per step (T, K): T new tokens met K (n_layer, n_kv_head) entries retained from before."""
+
+    def __init__(self, model, policy=None):
+        self.config, self.policy = model.config, policy
+        self.slabs = [[] for _ in range(self.config.n_layer)]
+        self.seen, self.log = 0, []  # seen [tokens]: the next token's position, whatever was dropped
+        self.held = torch.zeros(self.config.n_layer, self.config.n_kv_head, dtype=torch.long)
+
+    def attend(self, layer, q, k, v):
+        """The `attend` of inference: append this step's k, v (T, n_kv_head, D), let q (T, n_head, D) see all that is held."""
+        n_new, n_rep = q.shape[0], q.shape[1] // k.shape[1]
+        if not self.slabs[layer]:
+            empty = k.new_empty(k.shape[1], 0, k.shape[2])
+            pos = torch.empty(k.shape[1], 0, dtype=torch.int32, device=k.device)
+            self.slabs[layer] = [Slab(list(range(k.shape[1])), empty, empty, pos, 0)]
+        pos = torch.arange(self.seen, self.seen + n_new, dtype=torch.int32, device=k.device)
+        out = torch.empty_like(q)
+        for slab in self.slabs[layer]:
+            self.held[layer, slab.heads] = slab.n
+            everyone = len(slab.heads) == k.shape[1]
+            k_s, v_s = (x.transpose(0, 1) if everyone else x[:, slab.heads].transpose(0, 1) for x in (k, v))
+            slab.append(k_s, v_s, pos)
+            k_s, v_s = slab.k[:, :slab.n].transpose(0, 1), slab.v[:, :slab.n].transpose(0, 1)  # (n, heads, D), no copy
+            rows = q if everyone else q.unflatten(1, (-1, n_rep))[:, slab.heads].flatten(1, 2)
+            o = attention(rows, k_s, v_s, [0, n_new], [0, slab.n])  # (T, heads * n_rep, D)
+            if everyone:
+                out = o
+            else:
+                out.unflatten(1, (-1, n_rep))[:, slab.heads] = o.unflatten(1, (-1, n_rep))
+        if self.policy is not None:
+            self.policy(self, layer, q)
+        if layer == self.config.n_layer - 1:  # the step is over
+            self.log.append((n_new, self.held.clone()))
+            self.seen += n_new
+        return out
+
+    def next_positions(self, n: int):
+        """Positions (n,) of the next n tokens, for RoPE."""
+        return torch.arange(self.seen, self.seen + n)
+
+    def keep(self, layer: int, kept: list):
+        """Drop all entries of a layer but kept[head], indices (n_head_kept,) into that head's entries, ascending."""
+        old = {h: (slab, i) for slab in self.slabs[layer] for i, h in enumerate(slab.heads)}
+        sizes = {}
+        for h, index in enumerate(kept):
+            sizes.setdefault(len(index), []).append(h)
+        slabs = []
+        for n, heads in sizes.items():  # heads that keep equally many share a slab
+            gather = lambda name: torch.stack([getattr(old[h][0], name)[old[h][1]][kept[h]] for h in heads])
+            slabs.append(Slab(heads, gather("k"), gather("v"), gather("pos"), n))
+        self.slabs[layer] = slabs
+
+    def positions(self, layer: int, head: int):
+        """Positions of the entries that KV head holds, ascending, int64."""
+        for slab in self.slabs[layer]:
+            if head in slab.heads:
+                return slab.pos[slab.heads.index(head), :slab.n].long()
+        return torch.empty(0, dtype=torch.long)
+
+    def nbytes(self) -> int:
+        """Bytes allocated for K and V."""
+        return sum(x.nbytes for slabs in self.slabs for slab in slabs for x in (slab.k, slab.v))
+
+    def footprint(self) -> Fraction:
+        """Cells of (query row, key) held over time, as a share of full causal attention's."""
+        return footprint(self.log)
+
+    def peak(self) -> Fraction:
+        """Most entries held in one step, as a share of all tokens."""
+        return max(n_new + Fraction(int(held.sum()), held.numel()) for n_new, held in self.log) / sum(t for t, _ in self.log)
+
+
+def footprint(log) -> Fraction:
+    """KV footprint of steps (T, K): T rows over K (n_layer, n_kv_head) retained entries cost T(T+1)/2 + T*K cells.
+
+    Source: "Cache Me If You Can", arXiv:2506.17121, section 2.1; mean over layers and KV heads."""
+    n = sum(n_new for n_new, _ in log)
+    cells = sum(n_new * (n_new + 1) // 2 + n_new * Fraction(int(held.sum()), held.numel()) for n_new, held in log)
+    return cells / (n * (n + 1) // 2)
+
+
+# --- generation -----------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def stream(model, tokens, cache=None, chunk=None, temperature=0.0, top_p=1.0, generator=None):
+    """Yield new token ids without end; see generate."""
+    tokens = torch.as_tensor(tokens, device=model.head.device)
+    if tokens.numel() == 0:
+        raise ValueError("the prompt has no tokens")
+    if chunk is not None and chunk < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"want chunk >= 1, temperature >= 0 and 0 < top_p <= 1, got {chunk}, {temperature}, {top_p}")
+    cache = KVCache(model) if cache is None else cache
+    for part in tokens.split(chunk or tokens.numel()):
+        hidden = model.hidden(part, cache.attend, cache.next_positions(len(part)).to(part.device))
+    while True:
+        logits = F.linear(hidden[-1], model.head).float()  # (V,)
+        yield (token := pick(logits, temperature, top_p, generator))
+        part = torch.tensor([token], device=tokens.device)
+        hidden = model.hidden(part, cache.attend, cache.next_positions(1).to(part.device))
+
+
+def pick(logits, temperature, top_p, generator=None) -> int:
+    """One token of logits (V,): the best at temperature 0, else drawn from the smallest set that holds top_p."""
+    if temperature == 0:
+        return int(logits.argmax())
+    p, order = (logits / temperature).softmax(-1).sort(descending=True)
+    p[p.cumsum(-1) - p >= top_p] = 0  # keeps the token that crosses top_p
+    return int(order[torch.multinomial(p, 1, generator=generator)])
+
+
+def generate(model, tokens, max_new_tokens, cache=None, chunk=None, temperature=0.0, top_p=1.0, stop_ids=(), generator=None):
+    """New token ids (a list, at most max_new_tokens) after the prompt `tokens` (N,); a stop id ends it and is left out.
+
+    chunk [tokens]: prefill that many at a time, None = all at once. cache: a KVCache to use and continue.
+    temperature 0 is greedy; top_p keeps the most likely tokens that together hold that probability.
+    Raises ValueError: no tokens, a token outside the vocabulary, chunk < 1, temperature < 0, top_p outside (0, 1]."""
+    out = []
+    for _, token in zip(range(max_new_tokens), stream(model, tokens, cache, chunk, temperature, top_p, generator)):
+        if token in stop_ids:
+            break
+        out.append(token)
+    return out
+
+
+# --- loading and saving: the Hugging Face layout --------------------------------------------------------------------
+
+def read_json(path):
+    """A JSON object from a file. Raises ValueError naming the file if it holds none, FileNotFoundError if there is none."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            value = json.load(f)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+        raise ValueError(f"{path}: not valid JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: want a JSON object, got {type(value).__name__}")
+    return value
+
+
+def load_config(path) -> LlamaConfig:
+    """The LlamaConfig of the folder `path`."""
+    if not os.path.isdir(path):
+        raise FileNotFoundError(f"no model folder {path}")
+    name = os.path.join(path, "config.json")
+    hf = read_json(name)
+    try:
+        return LlamaConfig.from_hf(hf)
+    except ValueError as e:
+        raise ValueError(f"{name}: {e}") from None
+
+
+def load_model(path, device="cpu", dtype=torch.float32) -> Llama:
+    """The Llama in folder `path`: config.json and model.safetensors, or its shards by model.safetensors.index.json.
+
+    Tensors are memory-mapped; those stored in another dtype are converted one by one.
+    Raises ValueError / FileNotFoundError naming what is missing, extra, misshapen, truncated or unsupported."""
+    with torch.device("meta"):
+        model = Llama(load_config(path))
+    want = dict(model.named_parameters())
+    tensors = {}
+    for file in weight_files(path):
+        tensors |= read_tensors(file, want, device, dtype)
+    if missing := sorted(want.keys() - tensors.keys()):
+        raise ValueError(f"{path}: {len(missing)} tensors are missing, such as {missing[0]}")
+    model.load_state_dict({name: tensors[name] for name in want}, assign=True)
+    return model.requires_grad_(True)
+
+
+def weight_files(path):
+    """The safetensors files of a model folder; those an index names must lie in the folder itself."""
+    single, index = os.path.join(path, "model.safetensors"), os.path.join(path, "model.safetensors.index.json")
+    if os.path.exists(single):
+        return [single]
+    if not os.path.exists(index):
+        raise FileNotFoundError(f"{path}: neither model.safetensors nor model.safetensors.index.json")
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(s, str) and s == os.path.basename(s) for s in shards.values()):
+        raise ValueError(f"{index}: weight_map must name files of this folder")
+    return [os.path.join(path, s) for s in sorted(set(shards.values()))]
+
+
+def read_tensors(file, want, device, dtype):
+    """Tensors of one safetensors file by name, checked against the parameters `want` before anything is read."""
+    from safetensors import SafetensorError, safe_open
+    if not os.path.exists(file):
+        raise FileNotFoundError(f"no file {file}")
+    tensors = {}
+    try:
+        with safe_open(file, framework="pt") as f:
+            for name in f.keys():
+                if name.endswith("rotary_emb.inv_freq"):  # a buffer that old checkpoints carry; it follows from the config
+                    continue
+                tied = name == "lm_head.weight" and name not in want  # a second copy of tied embeddings
+                if name not in want and not tied:
+                    raise ValueError(f"{file}: unexpected tensor {name}")
+                shape = tuple(want["model.embed_tokens.weight" if tied else name].shape)
+                if tuple(f.get_slice(name).get_shape()) != shape:
+                    raise ValueError(f"{file}: {name} has shape {tuple(f.get_slice(name).get_shape())}, want {shape}")
+                if not tied:
+                    tensor = f.get_tensor(name)
+                    if not tensor.is_floating_point():
+                        raise ValueError(f"{file}: {name} has dtype {tensor.dtype}, want a floating-point one")
+                    tensors[name] = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+    except SafetensorError as e:
+        raise ValueError(f"{file}: not a whole safetensors file ({e})") from None
+    return tensors
+
+
+def save_model(model, path, max_shard_bytes=5_000_000_000):
+    """Write config.json and model.safetensors (or shards and their index) into folder `path`, in the model's dtype.
+
+    Each file appears under its name only when it is whole. Raises OSError, leaving no part behind."""
+    os.makedirs(path, exist_ok=True)
+    shards, size = [{}], 0
+    for name, p in model.named_parameters():
+        if shards[-1] and size + p.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = p.detach().contiguous()
+        size += p.nbytes
+    names = ["model.safetensors"] if len(shards) == 1 else \
+        [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for file, tensors in zip(names, shards):
+        write_tensors(os.path.join(path, file), tensors)
+    single, index = os.path.join(path, "model.safetensors"), os.path.join(path, "model.safetensors.index.json")
+    if len(shards) > 1:
+        total = sum(p.nbytes for p in model.parameters())
+        write_json(index, {"metadata": {"total_size": total},
+                           "weight_map": {name: file for file, tensors in zip(names, shards) for name in tensors}})
+    with contextlib.suppress(FileNotFoundError):  # what an earlier save of another size left
+        os.remove(index if len(shards) == 1 else single)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    write_json(os.path.join(path, "config.json"), model.config.to_hf() | {"torch_dtype": dtype})
+
+
+def write_tensors(path, tensors: dict, metadata=None):
+    """A safetensors file, whole or not at all."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+    with replacing(path) as part:
+        try:
+            save_file(tensors, part, metadata={"format": "pt"} | (metadata or {}))
+        except SafetensorError as e:
+            raise OSError(f"cannot write {path}: {e}") from None
+
+
+def write_json(path, value):
+    """A JSON file (strict: no NaN), whole or not at all."""
+    with replacing(path) as part:
+        with open(part, "w", encoding="utf-8") as f:
+            json.dump(value, f, indent=2, allow_nan=False)
+            f.write("\n")
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A name to write to, which becomes `path` if all goes well and vanishes if not."""
+    part = f"{path}.part"
+    try:
+        yield part
+        with open(part, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(part)
+        raise
+
+
+# --- tokenizer ------------------------------------------------------------------------------------------------------
+
+GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+# Llama 3.1's names for the ids from 128000 on; the rest up to 128255 are reserved_special_token_N, N counted from 0
+LLAMA3_SPECIAL = ("begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
+                  "finetune_right_pad_id", "reserved_special_token_2", "start_header_id", "end_header_id", "eom_id",
+                  "eot_id", "python_tag", *(f"reserved_special_token_{i}" for i in range(3, 248)))
+
+
+class Tokenizer:
+    """Byte-level BPE on tiktoken. `special` maps added tokens to ids; encode finds them in text, as the hub's do.
+
+    vocab: token bytes -> id. merges: token bytes in the order in which BPE builds them (single bytes need no merge).
+    bos_id, eos_ids: ids or None / (); add_bos: whether this model's documents start with bos_id."""
+
+    def __init__(self, vocab, merges, split, special=None, bos_id=None, eos_ids=(), add_bos=False, system=None):
+        import tiktoken
+        single = [bytes([b]) for b in range(256)]
+        tokens = list(dict.fromkeys([*single, *merges]))  # a token's rank is its place in the order of merging
+        self.special = special or {}
+        self.bos_id, self.eos_ids, self.add_bos, self.system = bos_id, tuple(eos_ids), add_bos, system
+        self.ids = [vocab.get(t, -1) for t in tokens] + list(self.special.values())
+        self.bytes = {i: t for t, i in vocab.items()} | {i: s.encode() for s, i in self.special.items()}
+        self.encoding = tiktoken.Encoding(
+            "from file", pat_str=split, mergeable_ranks={t: r for r, t in enumerate(tokens)},
+            special_tokens={s: len(tokens) + i for i, s in enumerate(self.special)})
+        self.vocab_size = max(self.bytes) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of text, without a leading BOS. A byte that the vocabulary lacks has none (as with the hub's)."""
+        ids = self.ids
+        return [ids[r] for r in self.encoding.encode(text, allowed_special="all") if ids[r] >= 0]
+
+    def decode(self, ids) -> str:
+        """The text of token ids; broken UTF-8 becomes U+FFFD. Raises ValueError for an id without a token."""
+        try:
+            return b"".join(self.bytes[int(i)] for i in ids).decode("utf-8", errors="replace")
+        except KeyError as e:
+            raise ValueError(f"token id {e} is not in the vocabulary") from None
+
+    def chat(self, messages: list[dict]) -> str:
+        """The prompt for the assistant's next turn after messages [{"role", "content"}], in ChatML or Llama-3 format.
+
+        The folder's own default system turn is used where its ChatML template has one and messages do not begin with
+        one. Llama 3.1's date lines in the system turn are left out. Raises ValueError if the tokenizer knows neither format."""
+        for m in messages:
+            if not isinstance(m, dict) or not isinstance(m.get("role"), str) or not isinstance(m.get("content"), str):
+                raise ValueError(f"want messages {{'role': str, 'content': str}}, got {m!r}")
+        if "<|im_start|>" in self.special:
+            if self.system is not None and (not messages or messages[0]["role"] != "system"):
+                messages = [{"role": "system", "content": self.system}, *messages]
+            turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
+            return "".join(turns) + "<|im_start|>assistant\n"
+        if "<|start_header_id|>" in self.special:
+            turn = "<|start_header_id|>{role}<|end_header_id|>\n\n"
+            turns = [turn.format(role=m["role"]) + m["content"].strip() + "<|eot_id|>" for m in messages]
+            return "<|begin_of_text|>" + "".join(turns) + turn.format(role="assistant")
+        raise ValueError("this tokenizer has neither ChatML's nor Llama-3's chat tokens")
+
+
+def load_tokenizer(path) -> Tokenizer:
+    """The tokenizer of folder `path`: tokenizer.json (byte-level BPE), else Llama-3's tokenizer.model, else raw bytes.
+
+    Raw bytes are ids 0..255, with 256 for BOS and 257 for EOS where the model's vocabulary has room for them.
+    Raises ValueError naming the file and what of it is unsupported."""
+    if not os.path.isdir(path):
+        raise FileNotFoundError(f"no model folder {path}")
+    inside = lambda name: os.path.join(path, name)
+    optional = lambda name: read_json(inside(name)) if os.path.exists(inside(name)) else {}
+    settings, generation = optional("tokenizer_config.json"), optional("generation_config.json")
+    if os.path.exists(inside("tokenizer.json")):
+        name, read = inside("tokenizer.json"), lambda f: parse_tokenizer_json(read_json(f))
+    elif os.path.exists(inside("tokenizer.model")):
+        name, read = inside("tokenizer.model"), parse_tokenizer_model
+    else:
+        return byte_tokenizer(optional("config.json").get("vocab_size", 258))
+    try:
+        parts = read(name)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e:
+        raise ValueError(f"{name}: {e if isinstance(e, ValueError) else f'unexpected content ({e!r})'}") from None
+    special = parts["special"]
+    text = lambda t: t.get("content") if isinstance(t, dict) else t  # the hub writes tokens as strings or objects
+    named = lambda key: special.get(text(settings.get(key)))
+    bos = named("bos_token") if named("bos_token") is not None else optional("config.json").get("bos_token_id")
+    eos = generation.get("eos_token_id", optional("config.json").get("eos_token_id"))
+    eos = [i for i in [*(eos if isinstance(eos, list) else [eos]), named("eos_token")] if i is not None]
+    found = re.search(r"<\|im_start\|>system\\?\n?n?(.*?)<\|im_end\|>", str(settings.get("chat_template")), re.S)
+    return Tokenizer(**parts, bos_id=bos, eos_ids=dict.fromkeys(eos),
+                     system=found and found[1] if found and "{" not in found[1] else None)
+
+
+def byte_tokenizer(vocab_size=258) -> Tokenizer:
+    """Raw bytes as tokens."""
+    special = {s: i for s, i in (("<|bos|>", 256), ("<|eos|>", 257)) if i < vocab_size}
+    return Tokenizer({bytes([b]): b for b in range(256)}, [], r"(?s:.{1,32})", special, special.get("<|bos|>"),
+                     [special["<|eos|>"]] if "<|eos|>" in special else (), add_bos="<|bos|>" in special)
+
+
+def parse_tokenizer_json(spec: dict) -> dict:
+    """vocab, merges, split pattern and added tokens of a byte-level BPE tokenizer.json, for Tokenizer."""
+    model = spec["model"]
+    if model.get("type") != "BPE" or spec.get("normalizer") or model.get("byte_fallback") or model.get("end_of_word_suffix"):
+        raise ValueError("unsupported tokenizer: only byte-level BPE without a normalizer is")
+    odd = [t["content"] for t in spec.get("added_tokens", []) if t.get("lstrip") or t.get("rstrip") or t.get("single_word")]
+    if odd:
+        raise ValueError(f"unsupported added token {odd[0]!r}: it strips spaces or wants word bounds")
+    letters = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's letters for bytes: these stand for
+    rest = [b for b in range(256) if b not in letters]               # themselves, the others for 256, 257, ...
+    byte = {chr(c): b for c, b in zip([*letters, *range(256, 256 + len(rest))], [*letters, *rest])}
+    raw = lambda token: bytes(byte[c] for c in token)
+    special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
+    vocab = {raw(t): i for t, i in model["vocab"].items() if t not in special}
+    merges = [raw("".join(m.split(" ")) if isinstance(m, str) else "".join(m)) for m in model["merges"]]
+    post = spec.get("post_processor") or {}
+    add_bos = any(p.get("type") == "TemplateProcessing" and "SpecialToken" in p["single"][0]
+                  for p in post.get("processors", [post]))
+    return dict(vocab=vocab, merges=merges, split=split_pattern(spec.get("pre_tokenizer")), special=special, add_bos=add_bos)
+
+
+def split_pattern(spec) -> str:
+    """The regular expression that cuts text as a tokenizer.json's pre_tokenizer does."""
+    steps = (spec or {}).get("pretokenizers", [spec or {}])
+    kinds = [s.get("type") for s in steps]
+    if kinds[-1:] != ["ByteLevel"] or steps[-1].get("add_prefix_space"):
+        raise ValueError(f"unsupported pre_tokenizer {kinds}: want ByteLevel last, without a prefix space")
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return GPT2_SPLIT
+    if kinds == ["Digits", "ByteLevel"] and steps[1].get("use_regex", True):
+        # digits are cut out before the GPT-2 pattern sees the text, so white space before a digit stays in one piece
+        digits = r"\p{N}" if steps[0].get("individual_digits") else r"\p{N}+"
+        return digits + "|" + GPT2_SPLIT.replace(r"| ?\p{N}+", "").replace(r"|\s+(?!\S)", r"|\s+(?=\p{N})|\s+(?!\S)")
+    if kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True) \
+            and steps[0]["behavior"] == "Isolated" and not steps[0].get("invert"):
+        return steps[0]["pattern"]["Regex"]
+    raise ValueError(f"unsupported pre_tokenizer {kinds}")
+
+
+def parse_tokenizer_model(path) -> dict:
+    """Llama-3's tokenizer.model: lines of `base64 rank`, 256 special tokens after them."""
+    with open(path, "rb") as f:
+        lines = f.read().splitlines()
+    try:
+        vocab = {base64.b64decode(token, validate=True): int(rank) for token, rank in (line.split() for line in lines if line)}
+    except (ValueError, binascii.Error):
+        raise ValueError("not Llama-3's format (base64 and rank in each line); SentencePiece is not supported") from None
+    special = {f"<|{name}|>": len(vocab) + i for i, name in enumerate(LLAMA3_SPECIAL)}
+    merges = sorted((t for t in vocab if len(t) > 1), key=vocab.get)
+    return dict(vocab=vocab, merges=merges, split=LLAMA3_SPLIT, special=special, add_bos=True)
+
+
+# --- command line: a dataclass field is a flag ----------------------------------------------------------------------
+
+def flag(default, help, low=None, high=None, choices=None):
+    """A dataclass field that is also a command-line flag; help names the unit, low and high bound the value."""
+    return dataclasses.field(default=default, metadata=dict(help=help, low=low, high=high, choices=choices))
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse(configs, argv=None, description=""):
+    """Dataclasses of flags filled from the command line: one instance per class in `configs`.
+
+    What none of them knows, or a value that is not allowed, ends in one line and exit 2."""
+    formatter = lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120)
+    parser = OneLineParser(description=description, allow_abbrev=False, formatter_class=formatter)
+    for config in configs:
+        group, hints = parser.add_argument_group(config.__name__), typing.get_type_hints(config)
+        for f in dataclasses.fields(config):
+            kind = next((t for t in typing.get_args(hints[f.name]) if t is not types.NoneType), hints[f.name])
+            options = dict(default=f.default, help=f.metadata["help"].replace("%", "%%")
+                           + ("" if f.default is None else f" (default: {f.default})"))
+            if kind is bool:
+                options |= dict(action=argparse.BooleanOptionalAction)
+            elif f.metadata["choices"]:
+                options |= dict(choices=f.metadata["choices"])
+            else:
+                options |= dict(type=kind, metavar={int: "N", float: "X"}.get(kind, "S"))
+            group.add_argument(f"--{f.name}", **options)
+    values = vars(parser.parse_args(argv))
+    for f in (f for config in configs for f in dataclasses.fields(config)):
+        value, low, high = values[f.name], f.metadata["low"], f.metadata["high"]
+        if value is not None and not ((low is None or value >= low) and (high is None or value <= high)):
+            wanted = " and ".join([f">= {low}"] * (low is not None) + [f"<= {high}"] * (high is not None))
+            parser.error(f"--{f.name} must be {wanted}, got {value}")
+    return [config(**{f.name: values[f.name] for f in dataclasses.fields(config)}) for config in configs]
+
+
+def run(main):
+    """Run a script's main(); what the user can mend ends in one line on stderr and exit 2."""
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        reason = " ".join(str(e).split()) if isinstance(e, ValueError) or e.errno is None else \
+            f"{e.strerror}: {e.filename}" if e.filename else e.strerror
+        print(f"{os.path.basename(sys.argv[0])}: {reason}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Config:
+    model: str | None = flag(None, "folder with config.json and safetensors")
+    prompt: str | None = flag(None, "text to answer or continue")
+    max_new_tokens: int = flag(256, "longest answer [tokens]", low=1)
+    chat: bool | None = flag(None, "use the model's chat format; by default if its tokenizer has one")
+    temperature: float = flag(0.0, "0 = greedy", low=0)
+    top_p: float = flag(1.0, "draw from the likeliest tokens that hold this probability", low=0, high=1)
+    chunk: int | None = flag(None, "prefill so many tokens at a time; by default all at once", low=1)
+    seed: int = flag(0, "of the drawing", low=0)
+    device: str = flag("cpu", "torch device")
+    dtype: str = flag("bfloat16", "of weights and cache", choices=tuple(DTYPES))
+
+
+def main():
+    config, = parse([Config], description="Answer a prompt with a Llama checkpoint.")
+    if config.model is None or config.prompt is None:
+        raise ValueError("--model and --prompt are needed")
+    start = time.perf_counter()
+    model, tokenizer = load_model(config.model, config.device, DTYPES[config.dtype]), load_tokenizer(config.model)
+    loaded = time.perf_counter() - start
+    chat = config.chat
+    if chat is None:
+        chat = bool({"<|im_start|>", "<|start_header_id|>"} & tokenizer.special.keys())
+    if chat:
+        tokens = tokenizer.encode(tokenizer.chat([{"role": "user", "content": config.prompt}]))
+    else:
+        tokens = [tokenizer.bos_id] * tokenizer.add_bos + tokenizer.encode(config.prompt)
+    rng = torch.Generator(config.device).manual_seed(config.seed)
+    cache, new, shown, times = KVCache(model), [], "", [time.perf_counter()]
+    steps = stream(model, tokens, cache, config.chunk, config.temperature, config.top_p, rng)
+    for _, token in zip(range(config.max_new_tokens), steps):
+        times.append(time.perf_counter())
+        if token in tokenizer.eos_ids:
+            break
+        new.append(token)
+        text = tokenizer.decode(new)
+        if not text.endswith("\ufffd"):  # half a character waits for its other half
+            print(text[len(shown):], end="", flush=True)
+            shown = text
+    decode = (len(times) - 2) / (times[-1] - times[1]) if len(times) > 2 else math.nan
+    print(f"\n\n{len(tokens)} prompt tokens at {len(tokens) / (times[1] - times[0]):.1f} tokens/s, {len(new)} new at "
+          f"{decode:.1f} tokens/s ({config.dtype} on {config.device}; loaded in {loaded:.2f} s; "
+          f"cache {cache.nbytes() / 1e6:.1f} MB)", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,567 @@
+"""Train a Llama, or learn which of its KV heads need the full cache: one loop, every method.
+
+    python train.py --method prulong                             # embedded: tiny model, fact stream, no download
+    python train.py --method prulong --model DIR --data SRC      # a real Llama (Hugging Face layout) and real text
+    python train.py --method lm --model DIR --data code=0.6:DIR,web=0.4:FILE.jsonl
+
+A method is a class with param_groups, lr_scale, batch, loss and scores (see prulong.py); METHODS names them. Batch t is a pure
+function of (seed, t), and a checkpoint holds all there is to a run: after --resume it ends in the same bits.
+
+Source of the recipe (packing, label rule, blockwise loss, token averaging): ProLong, arXiv:2410.02660.
+"""
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import prulong
+from eval_tasks import CURRICULUM, TINY, fact_stream, recall, tiny_model
+from model import (DTYPES, Batch, Llama, byte_tokenizer, flag, footprint, load_config, load_model, load_tokenizer, parse,
+                   replacing, run, save_model, warmup_cosine, write_tensors)
+
+
+@dataclass
+class Config:
+    method: str = flag("lm", "what to train", choices=("lm", "prulong", "duo"))
+    model: str | None = flag(None, "folder of a Llama; by default a tiny one (vocabulary of the data)")
+    data: str | None = flag(None, "facts (embedded stream), stdlib (Python's own sources), a folder, text or jsonl file, or a "
+                                  "mixture name=weight:PATH,... (default: facts, with --model stdlib)")
+    out_dir: str | None = flag(None, "where results go (default: out/METHOD)")
+    steps: int = flag(100, "optimizer steps", low=1)
+    seq_len: int | None = flag(None, "tokens per sequence (default: facts 128, text 1024)", low=8)
+    batch: int | None = flag(None, "sequences per micro-batch (default: facts 8, text 1)", low=1)
+    grad_accum: int = flag(1, "micro-batches per step; every target of a step weighs the same", low=1)
+    lr: float | None = flag(None, "peak learning rate of the weights (default: 1e-5, without --model 4e-3)", low=0)
+    min_lr: float = flag(0.1, "end of the cosine, as a share of --lr", low=0, high=1)
+    warmup: float = flag(0.1, "share of the steps that warms up", low=0, high=1)
+    weight_decay: float = flag(0.1, "of matrices", low=0)
+    clip: float = flag(1.0, "largest gradient norm", low=0)
+    seed: int = flag(0, "of data, gates and fresh weights", low=0)
+    save_every: int = flag(50, "steps between checkpoints; the last step is always saved", low=1)
+    eval_seqs: int = flag(16, "held-out sequences of the final evaluation", low=1)
+    n_random: int = flag(8, "random masks of the same sparsity to compare with", low=1)
+    baseline: bool | None = flag(None, "prulong: train DuoAttention too and compare (default: on the embedded stream)")
+    device: str = flag("cpu", "torch device")
+    dtype: str = flag("auto", "of the products; auto: bfloat16 where it is measured to be faster", choices=("auto", *DTYPES))
+    checkpointing: bool | None = flag(None, "recompute layers in the backward pass (default: from 8192 tokens on)")
+    resume: bool = flag(False, "go on from the checkpoint in --out_dir")
+    overwrite: bool = flag(False, "empty --out_dir first")
+
+
+class LM:
+    """Plain language modelling: all weights, mean loss over the targets."""
+
+    def __init__(self, model, config: Config, seed: int):
+        self.config = config
+
+    def param_groups(self):
+        return []
+
+    def lr_scale(self, step, steps):
+        return warmup_cosine(step, steps, self.config.warmup, self.config.min_lr)
+
+    def batch(self, data, rng):
+        return data.batch(rng)
+
+    def loss(self, model, batch, step, steps, rng):
+        return model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, weights=batch.weights), {}
+
+
+METHODS = {"lm": (LM, None), "prulong": (prulong.PruLong, prulong.Config), "duo": (prulong.Duo, prulong.DuoConfig)}
+
+
+# --- data: batch(rng) -> Batch, passkeys(rng, needles, words) -> Batch, held_out() -> batches ---------------------------
+
+class FactData:
+    """The embedded stream: filler, facts and queries (eval_tasks.py)."""
+
+    tokenizer, vocab_size = None, TINY.vocab_size
+
+    def __init__(self, seq_len, n_seq):
+        self.seq_len, self.n_seq = seq_len, n_seq
+        fits = [row for row in CURRICULUM if row[0] <= seq_len]
+        if not fits:
+            raise ValueError(f"the fact stream needs --seq_len >= {CURRICULUM[0][0]}, got {seq_len}")
+        self.n_fact, self.n_query = fits[-1][1:3]
+
+    def batch(self, rng):
+        return fact_stream(rng, self.n_seq, self.seq_len, self.n_fact, self.n_query).batch
+
+    def passkeys(self, rng, needles, words):
+        """Facts first and as many queries at the very end; only answers are targets."""
+        batch = fact_stream(rng, self.n_seq, self.seq_len, needles, needles, queries_last=True).batch
+        return batch._replace(targets=torch.where(batch.weights == 1, batch.targets, -100))
+
+
+class TextData:
+    """Documents shuffled, laid end to end and cut into packs of seq_len tokens; a pack keeps its document bounds.
+
+    sources: name -> (weight, documents as token arrays). A batch draws each pack's source by weight, then the pack."""
+
+    def __init__(self, sources, tokenizer, seq_len, n_seq, n_held_out, seed):
+        self.seq_len, self.n_seq, self.tokenizer = seq_len, n_seq, tokenizer
+        self.vocab_size = 1 + max(int(doc.max()) for _, docs in sources.values() for doc in docs)
+        total = sum(weight for weight, _ in sources.values())
+        self.shares, self.packs, self.held_out = [], [], []
+        for i, (name, (weight, docs)) in enumerate(sources.items()):
+            docs = [docs[j] for j in np.random.default_rng([seed, i]).permutation(len(docs))]
+            held = math.ceil(n_held_out * weight / total)
+            tokens, bounds = np.concatenate(docs), np.cumsum([len(d) for d in docs])
+            n_train = len(tokens) // seq_len - held  # the last packs are held out
+            if n_train < 1:
+                raise ValueError(f"data {name} has {len(tokens)} tokens: too few for {held} held-out packs and one to train on "
+                                 f"of {seq_len}")
+            self.shares.append(weight / total)
+            self.packs.append((tokens, bounds, n_train))
+            self.held_out += [collate(self.pack(i, n_train + j)) for j in range(held)]
+
+    def pack(self, source, index):
+        """The documents, or parts of them, in pack `index` of a source: a list of token arrays."""
+        tokens, bounds, _ = self.packs[source]
+        start, end = index * self.seq_len, (index + 1) * self.seq_len
+        inside = bounds[np.searchsorted(bounds, start, "right"):np.searchsorted(bounds, end, "left")]
+        return np.split(tokens[start:end], inside - start)
+
+    def draw(self, rng):
+        source = rng.choice(len(self.shares), p=self.shares)
+        return self.pack(source, rng.integers(self.packs[source][2]))
+
+    def batch(self, rng):
+        return collate([doc for _ in range(self.n_seq) for doc in self.draw(rng)])
+
+    def passkeys(self, rng, needles, words):
+        """One passkey sample per sequence, of 50 lengths between a third of seq_len and seq_len (officially 1000 to 32000)."""
+        samples = []
+        for _ in range(self.n_seq):
+            length = int(rng.choice(np.linspace(self.seq_len / 3, self.seq_len, 50)))
+            haystack = np.concatenate(self.draw(rng))
+            samples.append(prulong.passkeys(self.tokenizer, haystack, length, rng, needles, words))
+        return collate([tokens for tokens, _ in samples], [targets for _, targets in samples])
+
+
+def collate(docs, targets=None) -> Batch:
+    """Documents packed end to end. A document's last token has no target: nothing is predicted across documents."""
+    docs = [torch.as_tensor(np.asarray(doc)).long() for doc in docs]
+    if targets is None:
+        targets = [torch.cat((doc[1:], doc.new_full((1,), -100))) for doc in docs]
+    cu_seqlens = torch.tensor([0, *(len(doc) for doc in docs)]).cumsum(0).int()
+    return Batch(torch.cat(docs), torch.cat(targets), cu_seqlens)
+
+
+def read_documents(path):
+    """Texts under a path: of each line of a .jsonl file its "text", any other file as a whole; folders in sorted order.
+
+    Raises ValueError for a line that is not a JSON object with "text", naming it. Files of a folder that are not UTF-8
+    are passed over, and that is said."""
+    if path.endswith(".jsonl") and not os.path.isdir(path):
+        with open(path, encoding="utf-8") as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    yield json.loads(line)["text"] + ""
+                except (ValueError, TypeError, KeyError):
+                    raise ValueError(f'{path}, line {number}: want a JSON object with a string "text", got {line.strip()[:60]!r}') from None
+        return
+    if not os.path.isdir(path):
+        with open(path, encoding="utf-8") as f:
+            yield f.read()
+        return
+    passed_over = 0
+    for folder, folders, files in os.walk(path):
+        folders[:] = sorted(f for f in folders if f not in ("__pycache__", "site-packages", "test") and not f.startswith("."))
+        for file in sorted(files):
+            try:
+                yield from read_documents(os.path.join(folder, file))
+            except UnicodeDecodeError:
+                passed_over += 1
+    if passed_over:
+        print(f"{path}: passed over {passed_over} files that are not UTF-8 text", file=sys.stderr)
+
+
+def load_text(spec, tokenizer, seq_len, n_seq, n_held_out, seed):
+    """TextData of --data: stdlib, a path, or name=weight:PATH,name=weight:PATH,... (weights are relative, by tokens)."""
+    parts = {"data": (1.0, spec)}
+    if "=" in spec and not os.path.exists(spec):
+        parts = {}
+        for part in spec.split(","):
+            name, _, rest = part.partition("=")
+            weight, _, path = rest.partition(":")
+            try:
+                parts[name] = float(weight), path
+                assert parts[name][0] > 0 and path
+            except (ValueError, AssertionError):
+                raise ValueError(f"--data: want name=weight:PATH with a weight above 0, got {part!r}") from None
+    sources = {}
+    for name, (weight, path) in parts.items():
+        folder = sysconfig.get_paths()["stdlib"] if path == "stdlib" else path
+        if not os.path.exists(folder):
+            raise FileNotFoundError(f"--data: no file or folder {folder}")
+        bos = [tokenizer.bos_id] * tokenizer.add_bos
+        docs = [np.array(bos + tokenizer.encode(text), dtype=np.int32)
+                for text in tqdm(read_documents(folder), desc=f"tokens of {name}", unit=" documents", disable=None) if text]
+        if not docs:
+            raise ValueError(f"--data: no text in {folder}")
+        sources[name] = weight, docs
+    return TextData(sources, tokenizer, seq_len, n_seq, n_held_out, seed)
+
+
+# --- one run: loop, checkpoint, log -------------------------------------------------------------------------------------
+
+OUTPUTS = ("log.jsonl", "checkpoint.safetensors", "heads.tsv", "scores.tsv", "config.json", "model.safetensors")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+
+
+class Diverged(RuntimeError):
+    """The loss or its gradient is not finite."""
+
+
+class Log:
+    """log.jsonl: one strict JSON object per line; a line is written whole or not at all."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def write(self, event, **values):
+        line = json.dumps({"event": event, **values}, allow_nan=False) + "\n"
+        size = os.path.getsize(self.path) if os.path.exists(self.path) else 0
+        with open(self.path, "a", encoding="utf-8") as f:
+            try:
+                f.write(line)
+                f.flush()
+            except OSError:
+                os.truncate(self.path, size)
+                raise
+
+    def forget(self, step):
+        """Drop the steps from `step` on: after --resume they come again."""
+        if not os.path.exists(self.path):
+            return
+        with open(self.path, encoding="utf-8") as f:
+            lines = [line for line in f if json.loads(line).get("step", -1) < step and json.loads(line)["event"] != "end"]
+        with replacing(self.path) as part, open(part, "w", encoding="utf-8") as f:
+            f.writelines(lines)
+
+
+def learned(model, method):
+    """Everything that training changes, by name: trained weights and the method's own parameters."""
+    own = method.named_parameters(prefix="method") if isinstance(method, nn.Module) else ()
+    return dict(own) | {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_checkpoint(path, model, method, optimizer, about):
+    """One safetensors file: learned tensors, optimizer state ("optimizer.INDEX.KEY"), and `about` as JSON in its header."""
+    state = optimizer.state_dict()["state"]
+    tensors = {name: p.detach() for name, p in learned(model, method).items()}
+    tensors |= {f"optimizer.{i}.{key}": value for i, values in state.items() for key, value in values.items()}
+    write_tensors(path, tensors, {"about": json.dumps(about)})
+
+
+def load_checkpoint(path, model, method, optimizer):
+    """Put a checkpoint's tensors back; returns its `about`. Raises ValueError if it is of another run."""
+    about, tensors = read_checkpoint(path)
+    own = learned(model, method)
+    with torch.no_grad():
+        for name, p in own.items():
+            if name not in tensors or tensors[name].shape != p.shape:
+                raise ValueError(f"{path}: no tensor {name} of shape {tuple(p.shape)}")
+            p.copy_(tensors[name])
+    state = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, i, key = name.split(".")
+            state.setdefault(int(i), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    return about
+
+
+def read_checkpoint(path):
+    """The `about` and the tensors of a checkpoint."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, framework="pt") as f:
+            return json.loads(f.metadata()["about"]), {name: f.get_tensor(name) for name in f.keys()}
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as e:
+        raise ValueError(f"{path}: not a whole checkpoint ({e})") from None
+
+
+def fit(method, model, data, config, out_dir, about, autocast):
+    """Train `method` for config.steps, from its checkpoint in out_dir if there is one. Returns its CPU seconds.
+
+    Raises Diverged, naming the step and the last good checkpoint, before a non-finite gradient is applied."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    groups = method.param_groups() + [
+        dict(params=[p for p in weights if (p.dim() > 1) == matrix], lr=config.lr, weight_decay=config.weight_decay * matrix)
+        for matrix in (True, False)]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(0.9, 0.95))
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    checkpoint, log = os.path.join(out_dir, "checkpoint.safetensors"), Log(os.path.join(out_dir, "log.jsonl"))
+    done, seconds = 0, 0.0
+    if os.path.exists(checkpoint):
+        saved = load_checkpoint(checkpoint, model, method, optimizer)
+        done, seconds = saved["step"], saved["cpu_seconds"]
+        log.forget(done)
+    start = time.process_time() - seconds
+    bar = tqdm(range(done, config.steps), initial=done, total=config.steps, desc=about["method"], unit="step", disable=None)
+    for step in bar:
+        tick = time.perf_counter()
+        for group, peak in zip(optimizer.param_groups, peaks):
+            group["lr"] = peak * method.lr_scale(step, config.steps)
+        rngs = [np.random.default_rng([config.seed, step, micro]) for micro in range(config.grad_accum)]
+        batches = [method.batch(data, rng) for rng in rngs]
+        n_target = [int((b.targets != -100).sum()) for b in batches]
+        total, shown = 0.0, {}
+        for batch, n, rng in zip(batches, n_target, rngs):
+            batch = Batch(*(x if x is None else x.to(config.device) for x in batch))
+            with autocast():
+                loss, metrics = method.loss(model, batch, step, config.steps, rng)
+            (loss * (n / sum(n_target))).backward()  # each target of the step weighs the same
+            total += loss.item() * n / sum(n_target)
+            shown = {k: shown.get(k, 0.0) + v * n / sum(n_target) for k, v in metrics.items()}
+        norm = nn.utils.clip_grad_norm_(trained, config.clip or math.inf).item()
+        if not math.isfinite(total) or not math.isfinite(norm):
+            last = f"the last good checkpoint is step {done} in {checkpoint}" if done else "there is no checkpoint yet"
+            raise Diverged(f"loss {total}, gradient norm {norm} at step {step}; {last}")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        log.write("step", step=step, loss=total, grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
+                  tokens=sum(len(b.tokens) for b in batches), seconds=round(time.perf_counter() - tick, 4), **shown)
+        bar.set_postfix({"loss": f"{total:.3f}"} | {k: f"{v:.2f}" for k, v in shown.items() if k in ("sparsity", "target")})
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            done = step + 1
+            save_checkpoint(checkpoint, model, method, optimizer,
+                            about | {"step": done, "cpu_seconds": time.process_time() - start})
+            log.write("checkpoint", step=step)
+    return time.process_time() - start
+
+
+# --- what came out ------------------------------------------------------------------------------------------------------
+
+def head_map(mask):
+    """Layer by KV head, # = full cache, . = sink and window only."""
+    rows = [f"layer {layer:3d}  " + " ".join("#" if full else "." for full in row) for layer, row in enumerate(mask.tolist())]
+    return "\n".join(rows)
+
+
+def streaming_footprint(mask, n, sink, window) -> float:
+    """KV footprint of n tokens, one at a time, when a streaming head keeps sink + window - 1 past entries."""
+    kept = [(1, torch.tensor([[min(t, sink + window - 1)]])) for t in range(n)]
+    full = mask.double().mean().item()
+    return full + (1 - full) * float(footprint(kept))
+
+
+@torch.no_grad()
+def score_masks(model, data, masks, sink, window, config, autocast):
+    """A score per mask: far recall of the fact stream at 512 tokens (higher is better), or held-out loss [nats / token]."""
+    scores = []
+    if isinstance(data, FactData):
+        facts = fact_stream(np.random.default_rng([config.seed, 2 ** 31]), config.eval_seqs, *CURRICULUM[-1][:3])
+        for mask in tqdm(masks, desc="recall", unit="mask", disable=None, leave=False):
+            scores.append(recall(model, facts, prulong.split(mask, facts.batch.cu_seqlens, sink, window), facts.far(window, sink)))
+        return "far recall", CURRICULUM[-1][0], scores
+    for mask in tqdm(masks, desc="held-out loss", unit="mask", disable=None, leave=False):
+        losses = []
+        for b in data.held_out:
+            with autocast():
+                losses.append(model.loss(b.tokens, b.targets, prulong.split(mask, b.cu_seqlens, sink, window)).item())
+        scores.append(sum(losses) / len(losses))
+    return "held-out loss", data.seq_len, scores
+
+
+def random_masks(shape, sparsity, n, seed):
+    rng = torch.Generator().manual_seed(seed)
+    return [prulong.discretise(torch.rand(shape, generator=rng), sparsity) for _ in range(n)]
+
+
+def report_heads(results, model, data, settings, config, autocast):
+    """Table and JSON of learned masks beside the full cache and random masks. results: name -> (method, CPU seconds)."""
+    sparsity, sink, window = settings.target_sparsity, settings.sink, settings.window
+    masks = {name: prulong.discretise(method.scores().cpu(), sparsity) for name, (method, _) in results.items()}
+    shape = next(iter(masks.values())).shape
+    drawn = random_masks(shape, sparsity, config.n_random, config.seed)
+    full = torch.ones(shape, dtype=torch.bool)
+    score_name, n, scores = score_masks(model, data, [full, *masks.values(), *drawn], sink, window, config, autocast)
+    rows = [("full cache", full, scores[0], 0.0)]
+    rows += [(name, mask, score, results[name][1]) for (name, mask), score in zip(masks.items(), scores[1:])]
+    others = scores[1 + len(masks):]
+    rows.append((f"random, mean of {len(others)}", drawn[0], sum(others) / len(others), 0.0))
+    for name, mask in masks.items():
+        print(f"\n{name}: {int(mask.sum())} of {mask.numel()} KV heads keep the full cache (#)\n{head_map(mask)}")
+    print(f"\n| heads | full of {full.numel()} | {score_name} | KV footprint at {n} tokens | CPU seconds |\n|---|---|---|---|---|")
+    for name, mask, score, seconds in rows:
+        print(f"| {name} | {int(mask.sum())} | {score:.3f} | {streaming_footprint(mask, n, sink, window):.3f} | {seconds:.1f} |")
+    print(f"\nrandom masks range from {min(others):.3f} to {max(others):.3f}; sink {sink}, window {window}\n")
+    return {"score": score_name, "tokens": n, "sink": sink, "window": window, "random": others,
+            "rows": [{"heads": name, "full": int(mask.sum()), "score": score, "cpu_seconds": round(seconds, 2),
+                      "footprint": streaming_footprint(mask, n, sink, window)} for name, mask, score, seconds in rows],
+            "masks": {name: mask.int().tolist() for name, mask in masks.items()}}
+
+
+def report_lm(before, model, data, config, seconds, autocast):
+    full = torch.ones(model.config.n_layer, model.config.n_kv_head, dtype=torch.bool)
+    score_name, n, (after,) = score_masks(model, data, [full], 0, 1, config, autocast)
+    print(f"\n| | {score_name} at {n} tokens | CPU seconds |\n|---|---|---|\n| before | {before:.3f} | 0.0 |\n| after | {after:.3f} | {seconds:.1f} |\n")
+    return {"score": score_name, "tokens": n, "before": before, "after": after, "cpu_seconds": round(seconds, 2)}
+
+
+# --- command line -------------------------------------------------------------------------------------------------------
+
+def prepare(out_dir, config, settings):
+    """Make out_dir ready; returns the saved `about` with --resume. Raises ValueError if it is not what the flags expect."""
+    checkpoint = os.path.join(out_dir, "checkpoint.safetensors")
+    if config.resume and config.overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
+    if config.resume:
+        if not os.path.exists(checkpoint):
+            raise ValueError(f"--resume: no checkpoint in {out_dir}")
+        about = read_checkpoint(checkpoint)[0]
+        mine = run_settings(config, settings)
+        for name, value in mine.items():
+            if about["settings"].get(name) != value:
+                raise ValueError(f"--resume: --{name} was {about['settings'].get(name)}, now {value}")
+        return about
+    if os.path.isdir(out_dir) and os.listdir(out_dir):
+        if not config.overwrite:
+            raise ValueError(f"--out_dir {out_dir} is not empty: add --resume or --overwrite, or name another")
+        for folder in (out_dir, os.path.join(out_dir, "duo")):
+            for name in OUTPUTS:
+                if os.path.exists(os.path.join(folder, name)):
+                    os.remove(os.path.join(folder, name))
+    os.makedirs(out_dir, exist_ok=True)
+    return None
+
+
+def run_settings(config, settings):
+    """The flags that a run's numbers depend on."""
+    free = {"out_dir", "resume", "overwrite", "save_every", "eval_seqs", "n_random", "baseline"}
+    values = dataclasses.asdict(config) | (dataclasses.asdict(settings) if settings else {})
+    return {name: value for name, value in values.items() if name not in free}
+
+
+def bf16_speedup(n_embd, n_ff):
+    """How many times faster this processor multiplies bfloat16 than float32, at the model's own width (best of 5)."""
+    best = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(1024, n_embd, dtype=dtype), torch.ones(n_embd, n_ff, dtype=dtype)
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - start)
+        best[dtype] = min(times[1:])
+    return best[torch.float32] / best[torch.bfloat16]
+
+
+def choose_dtype(config, llama):
+    """The dtype of the products and the reason for it."""
+    if config.dtype != "auto":
+        return config.dtype, "asked for"
+    if config.device != "cpu":
+        return "bfloat16", "device is not the CPU"
+    if llama.n_embd < 256:
+        return "float32", f"a width of {llama.n_embd} is too small to gain"
+    speedup = bf16_speedup(llama.n_embd, llama.n_ff)
+    return ("bfloat16" if speedup > 1.5 else "float32"), f"bfloat16 products measured {speedup:.1f}x as fast as float32"
+
+
+def build(config, settings, dtype):
+    """The model to start from and its data."""
+    n_seq, seq_len = config.batch, config.seq_len
+    if config.data == "facts":
+        data = FactData(seq_len, n_seq)
+        if config.model:
+            model = load_model(config.model, config.device)
+        elif config.method == "lm":
+            model = Llama(TINY).init_weights(config.seed)
+        else:
+            model = tiny_model(config.seed, f"out/tiny-seed{config.seed}")
+    else:
+        tokenizer = load_tokenizer(config.model) if config.model else byte_tokenizer()
+        data = load_text(config.data, tokenizer, seq_len, n_seq, config.eval_seqs, config.seed)
+        if config.model:
+            frozen = config.method == "duo" or getattr(settings, "train", "") == "masks"
+            model = load_model(config.model, config.device, DTYPES[dtype] if frozen else torch.float32)
+        else:
+            model = Llama(dataclasses.replace(TINY, vocab_size=258)).init_weights(config.seed)
+    if data.vocab_size > model.config.vocab_size:
+        raise ValueError(f"token {data.vocab_size - 1} of the data is outside the model's vocabulary of {model.config.vocab_size}")
+    return model.to(config.device), data
+
+
+def fill_defaults(config):
+    """Defaults that depend on other flags."""
+    facts = (config.data or ("stdlib" if config.model else "facts")) == "facts"
+    defaults = dict(data="stdlib" if config.model else "facts", out_dir=os.path.join("out", config.method),
+                    seq_len=128 if facts else 1024, batch=8 if facts else 1, lr=1e-5 if config.model else 4e-3, baseline=facts)
+    config = dataclasses.replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
+    if config.checkpointing is None:
+        config = dataclasses.replace(config, checkpointing=config.seq_len * config.batch >= 8192)
+    if config.method in ("prulong", "duo") and not facts and not config.model:
+        raise ValueError(f"--method {config.method} on text needs a trained model: --model DIR")
+    return config
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    named = [b for a, b in zip(argv, argv[1:]) if a == "--method"] + [a[9:] for a in argv if a.startswith("--method=")]
+    build_method, method_config = METHODS.get(named[-1] if named else "lm", METHODS["lm"])
+    parsed = parse([Config, method_config] if method_config else [Config], argv, __doc__.split("\n")[0] +
+                   " More flags come with --method prulong and duo.")
+    config, settings = fill_defaults(parsed[0]), parsed[1] if method_config else None
+    if settings and settings.window + settings.sink >= config.seq_len:
+        raise ValueError(f"--sink {settings.sink} and --window {settings.window} show a streaming head all of --seq_len {config.seq_len}")
+    llama = load_config(config.model) if config.model else TINY
+    about = prepare(config.out_dir, config, settings)
+    dtype, reason = (about["dtype"], "as before") if about else choose_dtype(config, llama)
+    model, data = build(config, settings, dtype)
+    model.checkpointing = config.checkpointing
+    kind = torch.device(config.device).type
+    autocast = lambda: torch.autocast(kind, DTYPES[dtype], enabled=dtype != "float32")
+    print(f"{config.method}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {config.steps} steps of "
+          f"{config.grad_accum * config.batch} x {config.seq_len} tokens of {config.data}; {dtype} ({reason}), {config.device}", flush=True)
+    about = {"method": config.method, "settings": run_settings(config, settings), "dtype": dtype}
+    log = Log(os.path.join(config.out_dir, "log.jsonl"))
+    if not config.resume:
+        log.write("config", **about, reason=reason, torch=torch.__version__, threads=torch.get_num_threads())
+
+    if config.method == "lm":
+        before = score_masks(model, data, [torch.ones(llama.n_layer, llama.n_kv_head, dtype=torch.bool)], 0, 1, config, autocast)[2][0]
+    method = build_method(model, settings or config, config.seed)
+    results = {config.method: (method, fit(method, model, data, config, config.out_dir, about, autocast))}
+    trained_weights = any(p.requires_grad for p in model.parameters())
+    if trained_weights:
+        save_model(model, config.out_dir)
+        for name in TOKENIZER_FILES:
+            if config.model and os.path.exists(os.path.join(config.model, name)):
+                shutil.copy(os.path.join(config.model, name), config.out_dir)
+    if config.method == "lm":
+        outcome = report_lm(before, model, data, config, results["lm"][1], autocast)
+    else:
+        prulong.save_heads(os.path.join(config.out_dir, "heads.tsv"), prulong.discretise(method.scores().cpu(), settings.target_sparsity))
+        prulong.save_heads(os.path.join(config.out_dir, "scores.tsv"), method.scores())
+        if config.method == "prulong" and config.baseline and not trained_weights:
+            duo_settings = prulong.DuoConfig(settings.target_sparsity, settings.sink, settings.window)
+            duo, out_dir = prulong.Duo(model, duo_settings, config.seed), os.path.join(config.out_dir, "duo")
+            os.makedirs(out_dir, exist_ok=True)
+            about |= {"method": "duo", "settings": run_settings(config, duo_settings)}
+            results["duo"] = duo, fit(duo, model, data, config, out_dir, about, autocast)
+        outcome = report_heads(results, model, data, settings, config, autocast)
+    outcome = {"method": config.method, "seed": config.seed, "steps": config.steps, "dtype": dtype, **outcome}
+    log.write("end", **outcome)
+    print(json.dumps(outcome, allow_nan=False))
+
+
+if __name__ == "__main__":
+    try:
+        run(main)
+    except Diverged as e:
+        sys.exit(f"train.py: {e}")
