@@ -283,9 +283,9 @@ class Batch(typing.NamedTuple):
 
 class CrossEntropy(torch.autograd.Function):
     """sum_i w_i * nll_i, a block of rows at a time. The gradient is formed while a block's logits are at hand: they are
-    computed once, and a block's (BLOCK, V) float32 numbers are all that ever exists of them."""
+    computed once, and a block's float32 numbers are all that ever exists of them."""
 
-    BLOCK = 1024  # rows; 128k tokens of vocabulary make 0.5 GB of it
+    BLOCK = 2 ** 23  # logits at a time, 32 MB: buffers of that size are recycled, larger ones mapped and zeroed anew
 
     @staticmethod
     def forward(ctx, hidden, head, targets, weights):
@@ -293,15 +293,18 @@ class CrossEntropy(torch.autograd.Function):
         loss = weights.new_zeros(())
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_head = torch.zeros_like(head, dtype=loss.dtype) if need_head else None
-        for start in range(0, len(targets), CrossEntropy.BLOCK):
-            rows = slice(start, start + CrossEntropy.BLOCK)
-            logits = F.linear(hidden[rows], head).to(loss.dtype)  # (BLOCK, V)
-            lse = logits.logsumexp(1)
-            loss += weights[rows] @ (lse - logits.gather(1, targets[rows, None])[:, 0])
+        n_rows = max(1, CrossEntropy.BLOCK // len(head))
+        for start in range(0, len(targets), n_rows):
+            rows = slice(start, start + n_rows)
+            logits = F.linear(hidden[rows], head).to(loss.dtype)  # (n_rows, V)
+            top, at_target = logits.amax(1, keepdim=True), logits.gather(1, targets[rows, None])
+            p = logits.sub_(top).exp_()  # softmax, once divided by its sum
+            total = p.sum(1, keepdim=True)
+            loss += (weights[rows] * (total.log() + top - at_target)[:, 0]).sum()
             if need_hidden or need_head:
-                d = logits.sub_(lse[:, None]).exp_()  # softmax; minus one at the target:
-                d.scatter_add_(1, targets[rows, None], d.new_full((len(d), 1), -1.0))
-                d = d.mul_(weights[rows, None]).to(hidden.dtype)
+                d = p.mul_(weights[rows, None] / total)
+                d.scatter_add_(1, targets[rows, None], -weights[rows, None])
+                d = d.to(hidden.dtype)
                 if need_hidden:
                     d_hidden[rows] = d @ head
                 if need_head:
