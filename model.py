@@ -351,43 +351,52 @@ class Slab:
 class KVCache:
     """Keys and values of one sequence: per layer and KV head its own number of entries, each with its true position.
 
-    K is stored after RoPE, KV heads once however many query heads read them. A `policy(cache, layer, q)` is called when
-    a layer has attended and may drop entries of that layer there and then, by `cache.keep`; None keeps all.
-    `log` holds per step (T, K): T new tokens met K (n_layer, n_kv_head) entries retained from before."""
+    K is stored after RoPE, KV heads once however many query heads read them. This one keeps everything; evict.py's drops
+    entries of a layer as soon as the layer has attended. `log` holds per step (T, K): T new tokens met
+    K (n_layer, n_kv_head) entries retained from before."""
 
-    def __init__(self, model, policy=None):
-        self.config, self.policy = model.config, policy
+    def __init__(self, model, chunk=None):
+        self.config, self.chunk = model.config, chunk
         self.slabs = [[] for _ in range(self.config.n_layer)]
         self.seen, self.log = 0, []  # seen [tokens]: the next token's position, whatever was dropped
         self.held = torch.zeros(self.config.n_layer, self.config.n_kv_head, dtype=torch.long)
 
+    def prefill(self, model, tokens, chunk=None):
+        """Run the prompt (N,) through the model, `chunk` tokens at a time (all at once by default); the last token's state."""
+        for part in tokens.split(chunk or self.chunk or len(tokens)):
+            hidden = model.hidden(part, self.attend, self.next_positions(len(part)).to(part.device))
+        return hidden[-1]
+
     def attend(self, layer, q, k, v):
         """The `attend` of inference: append this step's k, v (T, n_kv_head, D), let q (T, n_head, D) see all that is held."""
-        n_new, n_rep = q.shape[0], q.shape[1] // k.shape[1]
+        n_new, n_kv_head = k.shape[:2]
         if not self.slabs[layer]:
-            empty = k.new_empty(k.shape[1], 0, k.shape[2])
-            pos = torch.empty(k.shape[1], 0, dtype=torch.int32, device=k.device)
-            self.slabs[layer] = [Slab(list(range(k.shape[1])), empty, empty, pos, 0)]
+            empty = k.new_empty(n_kv_head, 0, k.shape[2])
+            pos = torch.empty(n_kv_head, 0, dtype=torch.int32, device=k.device)
+            self.slabs[layer] = [Slab(list(range(n_kv_head)), empty, empty, pos, 0)]
         pos = torch.arange(self.seen, self.seen + n_new, dtype=torch.int32, device=k.device)
         out = torch.empty_like(q)
         for slab in self.slabs[layer]:
             self.held[layer, slab.heads] = slab.n
-            everyone = len(slab.heads) == k.shape[1]
-            k_s, v_s = (x.transpose(0, 1) if everyone else x[:, slab.heads].transpose(0, 1) for x in (k, v))
-            slab.append(k_s, v_s, pos)
-            k_s, v_s = slab.k[:, :slab.n].transpose(0, 1), slab.v[:, :slab.n].transpose(0, 1)  # (n, heads, D), no copy
-            rows = q if everyone else q.unflatten(1, (-1, n_rep))[:, slab.heads].flatten(1, 2)
-            o = attention(rows, k_s, v_s, [0, n_new], [0, slab.n])  # (T, heads * n_rep, D)
-            if everyone:
+            slab.append(pick_heads(k, slab.heads, n_kv_head).transpose(0, 1), pick_heads(v, slab.heads, n_kv_head).transpose(0, 1), pos)
+            keys, values = (x[:, :slab.n].transpose(0, 1) for x in (slab.k, slab.v))  # (n, heads, D), no copy
+            o = attention(pick_heads(q, slab.heads, n_kv_head), keys, values, [0, n_new], [0, slab.n])
+            if len(slab.heads) == n_kv_head:
                 out = o
             else:
-                out.unflatten(1, (-1, n_rep))[:, slab.heads] = o.unflatten(1, (-1, n_rep))
-        if self.policy is not None:
-            self.policy(self, layer, q)
-        if layer == self.config.n_layer - 1:  # the step is over
-            self.log.append((n_new, self.held.clone()))
-            self.seen += n_new
+                out.unflatten(1, (n_kv_head, -1))[:, slab.heads] = o.unflatten(1, (len(slab.heads), -1))
+        self.evict(layer, q, k, v)
+        if layer == self.config.n_layer - 1:
+            self.end_step(n_new)
         return out
+
+    def evict(self, layer, q, k, v):
+        """Called when a layer has attended; may drop entries of that layer by `keep`. Nothing is dropped here."""
+
+    def end_step(self, n_new):
+        """Called after the last layer: n_new tokens have become part of the past."""
+        self.log.append((n_new, self.held.clone()))
+        self.seen += n_new
 
     def next_positions(self, n: int):
         """Positions (n,) of the next n tokens, for RoPE."""
@@ -425,6 +434,11 @@ class KVCache:
         return max(n_new + Fraction(int(held.sum()), held.numel()) for n_new, held in self.log) / sum(t for t, _ in self.log)
 
 
+def pick_heads(x, heads, n_kv_head):
+    """The given KV heads, or their query heads, of x (T, n_kv_head or n_head, D)."""
+    return x if len(heads) == n_kv_head else x.unflatten(1, (n_kv_head, -1))[:, heads].flatten(1, 2)
+
+
 def footprint(log) -> Fraction:
     """KV footprint of steps (T, K): T rows over K (n_layer, n_kv_head) retained entries cost T(T+1)/2 + T*K cells.
 
@@ -445,13 +459,12 @@ def stream(model, tokens, cache=None, chunk=None, temperature=0.0, top_p=1.0, ge
     if chunk is not None and chunk < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"want chunk >= 1, temperature >= 0 and 0 < top_p <= 1, got {chunk}, {temperature}, {top_p}")
     cache = KVCache(model) if cache is None else cache
-    for part in tokens.split(chunk or tokens.numel()):
-        hidden = model.hidden(part, cache.attend, cache.next_positions(len(part)).to(part.device))
+    hidden = cache.prefill(model, tokens, chunk)
     while True:
-        logits = F.linear(hidden[-1], model.head).float()  # (V,)
+        logits = F.linear(hidden, model.head).float()  # (V,)
         yield (token := pick(logits, temperature, top_p, generator))
         part = torch.tensor([token], device=tokens.device)
-        hidden = model.hidden(part, cache.attend, cache.next_positions(1).to(part.device))
+        hidden = model.hidden(part, cache.attend, cache.next_positions(1).to(part.device))[-1]
 
 
 def pick(logits, temperature, top_p, generator=None) -> int:
@@ -466,7 +479,7 @@ def pick(logits, temperature, top_p, generator=None) -> int:
 def generate(model, tokens, max_new_tokens, cache=None, chunk=None, temperature=0.0, top_p=1.0, stop_ids=(), generator=None):
     """New token ids (a list, at most max_new_tokens) after the prompt `tokens` (N,); a stop id ends it and is left out.
 
-    chunk [tokens]: prefill that many at a time, None = all at once. cache: a KVCache to use and continue.
+    chunk [tokens]: prefill that many at a time; by default the cache's own, or all at once. cache: a KVCache to use and continue.
     temperature 0 is greedy; top_p keeps the most likely tokens that together hold that probability.
     Raises ValueError: no tokens, a token outside the vocabulary, chunk < 1, temperature < 0, top_p outside (0, 1]."""
     out = []
@@ -819,7 +832,7 @@ def run(main):
         main()
     except (ValueError, OSError) as e:
         reason = " ".join(str(e).split()) if isinstance(e, ValueError) or e.errno is None else \
-            f"{e.strerror}: {e.filename}" if e.filename else e.strerror
+            ": ".join(str(x) for x in (e.filename, e.strerror) if x)
         print(f"{os.path.basename(sys.argv[0])}: {reason}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -872,7 +885,7 @@ def main():
     decode = (len(times) - 2) / (times[-1] - times[1]) if len(times) > 2 else math.nan
     print(f"\n\n{len(tokens)} prompt tokens at {len(tokens) / (times[1] - times[0]):.1f} tokens/s, {len(new)} new at "
           f"{decode:.1f} tokens/s ({config.dtype} on {config.device}; loaded in {loaded:.2f} s; "
-          f"cache {cache.nbytes() / 1e6:.1f} MB)", file=sys.stderr)
+          f"cache {cache.nbytes() / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

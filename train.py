@@ -158,8 +158,9 @@ def collate(docs, targets=None) -> Batch:
     return Batch(torch.cat(docs), torch.cat(targets), cu_seqlens)
 
 
-def read_documents(path):
-    """Texts under a path: of each line of a .jsonl file its "text", any other file as a whole; folders in sorted order.
+def read_documents(path, ending=""):
+    """Texts under a path: of each line of a .jsonl file its "text", any other file as a whole; folders in sorted order,
+    of theirs only files with that ending.
 
     Raises ValueError for a line that is not a JSON object with "text", naming it. Files of a folder that are not UTF-8
     are passed over, and that is said."""
@@ -178,7 +179,7 @@ def read_documents(path):
     passed_over = 0
     for folder, folders, files in os.walk(path):
         folders[:] = sorted(f for f in folders if f not in ("__pycache__", "site-packages", "test") and not f.startswith("."))
-        for file in sorted(files):
+        for file in sorted(f for f in files if f.endswith(ending)):
             try:
                 yield from read_documents(os.path.join(folder, file))
             except UnicodeDecodeError:
@@ -202,12 +203,12 @@ def load_text(spec, tokenizer, seq_len, n_seq, n_held_out, seed):
                 raise ValueError(f"--data: want name=weight:PATH with a weight above 0, got {part!r}") from None
     sources = {}
     for name, (weight, path) in parts.items():
-        folder = sysconfig.get_paths()["stdlib"] if path == "stdlib" else path
+        folder, ending = (sysconfig.get_paths()["stdlib"], ".py") if path == "stdlib" else (path, "")
         if not os.path.exists(folder):
             raise FileNotFoundError(f"--data: no file or folder {folder}")
         bos = [tokenizer.bos_id] * tokenizer.add_bos
         docs = [np.array(bos + tokenizer.encode(text), dtype=np.int32)
-                for text in tqdm(read_documents(folder), desc=f"tokens of {name}", unit=" documents", disable=None) if text]
+                for text in tqdm(read_documents(folder, ending), desc=f"tokens of {name}", unit=" documents", disable=None) if text]
         if not docs:
             raise ValueError(f"--data: no text in {folder}")
         sources[name] = weight, docs
@@ -415,8 +416,8 @@ def report_lm(before, model, data, config, seconds, autocast):
 
 # --- command line -------------------------------------------------------------------------------------------------------
 
-def prepare(out_dir, config, settings):
-    """Make out_dir ready; returns the saved `about` with --resume. Raises ValueError if it is not what the flags expect."""
+def check_out_dir(out_dir, config, settings):
+    """Check out_dir against the flags; returns the saved `about` with --resume. Raises ValueError if it is not what the flags expect."""
     checkpoint = os.path.join(out_dir, "checkpoint.safetensors")
     if config.resume and config.overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
@@ -429,15 +430,17 @@ def prepare(out_dir, config, settings):
             if about["settings"].get(name) != value:
                 raise ValueError(f"--resume: --{name} was {about['settings'].get(name)}, now {value}")
         return about
-    if os.path.isdir(out_dir) and os.listdir(out_dir):
-        if not config.overwrite:
-            raise ValueError(f"--out_dir {out_dir} is not empty: add --resume or --overwrite, or name another")
-        for folder in (out_dir, os.path.join(out_dir, "duo")):
-            for name in OUTPUTS:
-                if os.path.exists(os.path.join(folder, name)):
-                    os.remove(os.path.join(folder, name))
-    os.makedirs(out_dir, exist_ok=True)
+    if not config.overwrite and os.path.isdir(out_dir) and os.listdir(out_dir):
+        raise ValueError(f"--out_dir {out_dir} is not empty: add --resume or --overwrite, or name another")
     return None
+
+
+def empty(out_dir):
+    """Remove what a run writes, and nothing else."""
+    for folder in (out_dir, os.path.join(out_dir, "duo")):
+        for name in OUTPUTS:
+            if os.path.exists(os.path.join(folder, name)):
+                os.remove(os.path.join(folder, name))
 
 
 def run_settings(config, settings):
@@ -475,23 +478,18 @@ def choose_dtype(config, llama):
 
 def build(config, settings, dtype):
     """The model to start from and its data."""
-    n_seq, seq_len = config.batch, config.seq_len
-    if config.data == "facts":
-        data = FactData(seq_len, n_seq)
-        if config.model:
-            model = load_model(config.model, config.device)
-        elif config.method == "lm":
-            model = Llama(TINY).init_weights(config.seed)
-        else:
-            model = tiny_model(config.seed, f"out/tiny-seed{config.seed}")
+    text, frozen = config.data != "facts", config.method == "duo" or getattr(settings, "train", "") == "masks"
+    if config.model:
+        model = load_model(config.model, config.device, DTYPES[dtype] if frozen else torch.float32)
+    elif text or config.method == "lm":
+        model = Llama(dataclasses.replace(TINY, vocab_size=258) if text else TINY).init_weights(config.seed)
     else:
+        model = tiny_model(config.seed, f"out/tiny-seed{config.seed}")
+    if text:
         tokenizer = load_tokenizer(config.model) if config.model else byte_tokenizer()
-        data = load_text(config.data, tokenizer, seq_len, n_seq, config.eval_seqs, config.seed)
-        if config.model:
-            frozen = config.method == "duo" or getattr(settings, "train", "") == "masks"
-            model = load_model(config.model, config.device, DTYPES[dtype] if frozen else torch.float32)
-        else:
-            model = Llama(dataclasses.replace(TINY, vocab_size=258)).init_weights(config.seed)
+        data = load_text(config.data, tokenizer, config.seq_len, config.batch, config.eval_seqs, config.seed)
+    else:
+        data = FactData(config.seq_len, config.batch)
     if data.vocab_size > model.config.vocab_size:
         raise ValueError(f"token {data.vocab_size - 1} of the data is outside the model's vocabulary of {model.config.vocab_size}")
     return model.to(config.device), data
@@ -520,7 +518,7 @@ def main(argv=None):
     if settings and settings.window + settings.sink >= config.seq_len:
         raise ValueError(f"--sink {settings.sink} and --window {settings.window} show a streaming head all of --seq_len {config.seq_len}")
     llama = load_config(config.model) if config.model else TINY
-    about = prepare(config.out_dir, config, settings)
+    about = check_out_dir(config.out_dir, config, settings)
     dtype, reason = (about["dtype"], "as before") if about else choose_dtype(config, llama)
     model, data = build(config, settings, dtype)
     model.checkpointing = config.checkpointing
@@ -529,8 +527,10 @@ def main(argv=None):
     print(f"{config.method}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {config.steps} steps of "
           f"{config.grad_accum * config.batch} x {config.seq_len} tokens of {config.data}; {dtype} ({reason}), {config.device}", flush=True)
     about = {"method": config.method, "settings": run_settings(config, settings), "dtype": dtype}
+    os.makedirs(config.out_dir, exist_ok=True)
     log = Log(os.path.join(config.out_dir, "log.jsonl"))
     if not config.resume:
+        empty(config.out_dir)
         log.write("config", **about, reason=reason, torch=torch.__version__, threads=torch.get_num_threads())
 
     if config.method == "lm":
