@@ -91,6 +91,43 @@ def recall(model, facts: Facts, attend=None, which=None) -> float:
     return ((hidden @ model.head.T).argmax(1) == facts.batch.targets[rows]).float().mean().item()
 
 
+# --- tasks: build(task, n, length, seed, tokenizer) -> examples; score(task, prediction, example) -> floats ---------------
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt (token ids), how much to generate, and what the answer should be."""
+    task: str
+    prompt: list
+    answer: object
+    max_new_tokens: int
+
+
+def build_facts(n, length, seed, tokenizer=None):
+    """Fact streams of `length` tokens that end in a query; the answer is the next token. For the tiny model (token ids)."""
+    if tokenizer is not None:
+        raise ValueError("task facts is made of token ids for the tiny model: it has no text for a tokenizer")
+    fits = [row for row in CURRICULUM if row[0] <= length]
+    if not fits:
+        raise ValueError(f"task facts needs a length of at least {CURRICULUM[0][0]} tokens, got {length}")
+    tokens = fact_stream(np.random.default_rng([seed, length]), n, length + 1, fits[-1][1], 1, queries_last=True).batch.tokens
+    return [Example("facts", row[:-1], row[-1:], 1) for row in tokens.view(n, -1).tolist()]
+
+
+TASKS = {"facts": build_facts}
+
+
+def build(task, n, length, seed, tokenizer=None) -> list[Example]:
+    """n examples of a task whose prompts are `length` tokens long. Raises ValueError for an unknown task or what cannot fit."""
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}: one of {', '.join(TASKS)}")
+    return TASKS[task](n, length, seed, tokenizer)
+
+
+def score(task, prediction, example) -> dict:
+    """Scores of a prediction, higher is better; "score" is the task's main one, in 0..1."""
+    return {"score": float(prediction == example.answer)}
+
+
 # --- tiny model -----------------------------------------------------------------------------------------------------
 
 TINY = LlamaConfig(vocab_size=VOCAB, n_layer=3, n_head=8, n_kv_head=4, n_embd=64, n_ff=128, head_dim=16,

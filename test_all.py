@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree
 from fractions import Fraction
 
 import numpy as np
@@ -23,6 +24,8 @@ from safetensors.torch import save_file
 
 import attention_triton
 import eval_tasks
+import evict
+import footprint
 import model as model_file
 import prulong
 import train
@@ -835,6 +838,392 @@ def test_prulong_beats_random_masks_on_a_trained_model(tmp_path):
     masks = [torch.ones(3, 4, dtype=torch.bool), mask, *train.random_masks((3, 4), 0.75, 8, 0)]
     _, _, (full, learned, *random) = train.score_masks(model, data, masks, 4, 32, config, contextlib.nullcontext)
     assert full > 0.98 and learned > 0.95 and sum(random) / 8 < 0.6, (full, learned, random)
+
+# --- eviction -----------------------------------------------------------------------------------------------------------
+
+class Recording(evict.EvictingCache):
+    """Notes what each row could see, (n_layer, n_kv_head, N, N), from the positions held when it ran."""
+    def attend(self, layer, q, k, v):
+        if not hasattr(self, "visible"):
+            self.visible = torch.zeros(*self.held.shape, 100, 100, dtype=torch.bool)
+        rows = slice(self.seen, self.seen + len(k) - self.n_patch)
+        for h in range(k.shape[1]):
+            self.visible[layer, h, rows, self.positions(layer, h)] = True
+            self.visible[layer, h, rows, rows] |= torch.ones(100, 100, dtype=torch.bool).tril()[:rows.stop - rows.start, :rows.stop - rows.start]
+        return super().attend(layer, q, k, v)
+
+
+def policies(rng):
+    """Settings that exercise each policy on a 3-layer model with 2 KV heads."""
+    heads = torch.tensor([[True, False], [False, False], [True, True]])
+    scorer = evict.LocretScorer(small().config, 8).double()
+    base = dict(obs_window=5)
+    yield "full", {}
+    yield "streaming", dict(sink=2, window=6)
+    yield "streaming", dict(sink=2, budget=9)
+    yield "heads", dict(heads=heads, sink=3, window=5)
+    for policy in evict.CHUNK_RULES:
+        yield policy, base | dict(budget=8)
+        yield policy, base | dict(keep=0.4, sink=2)
+        yield policy, base | dict(budget=8, decode_every=3, decode_budget=10)
+    for policy in ("h2o", "tova"):
+        yield policy, base | dict(budget=9)
+        yield policy, base | dict(keep=0.5, decode_every=4)
+    yield "locret", base | dict(budget=9, scorer=scorer)
+    for policy in evict.ATTENTION_RULES:
+        yield policy, base | dict(budget=7, patch=True)
+    yield "pyramidkv", base | dict(keep=0.3, patch=True, patch_pos="true", pool="max", kernel=3, reduce="max", norm="all", exact=True)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 16, None])
+def test_every_policy_equals_the_masked_model(chunk):
+    """The oracle for all of them: replay what was visible as a mask on the dense model. Footprint is that mask's area."""
+    model, rng = small(), torch.Generator().manual_seed(0)
+    tokens = torch.randint(61, (50,), generator=rng)
+    n = 40
+    for policy, settings in policies(rng):
+        extra = {k: settings.pop(k) for k in ("heads", "scorer") if k in settings}
+        cache = Recording(model, evict.Eviction(policy, **settings), **extra)
+        with torch.no_grad():
+            states = [cache.prefill(model, tokens[:n], chunk)]
+            states += [model.hidden(t[None], cache.attend, cache.next_positions(1))[0] for t in tokens[n:]]
+            visible = cache.visible[:, :, :50, :50]
+            close(torch.stack(states) @ model.head.T, slow_llama(model, tokens, visible)[n - 1:], 1e-6)
+        assert cache.footprint() == Fraction(int(visible.sum()), 6 * 50 * 51 // 2), (policy, settings)
+        assert cache.seen == 50 and sum(t for t, _ in cache.log) == 50
+        for layer in range(3):
+            for h in range(2):
+                pos = cache.positions(layer, h).tolist()
+                assert pos == sorted(set(pos)) and all(0 <= p < 50 for p in pos)
+
+
+def held(cache):
+    return [[len(cache.positions(i, h)) for h in range(cache.held.shape[1])] for i in range(cache.held.shape[0])]
+
+
+@pytest.mark.parametrize("n_head,n_kv_head", [(4, 4), (4, 2), (6, 2), (8, 1)])
+def test_enough_budget_is_full_attention(n_head, n_kv_head):
+    model = small(n_head=n_head, n_kv_head=n_kv_head)
+    prompt = torch.randint(61, (30,), generator=torch.Generator().manual_seed(0))
+    want = generate(model, prompt, 8)
+    scorer = evict.LocretScorer(model.config, 8).double()
+    for policy in evict.POLICIES:
+        settings = {"full": {}, "streaming": dict(sink=0, window=99), "heads": dict(heads=torch.ones(3, n_kv_head), window=1),
+                    "locret": dict(budget=99, scorer=scorer)}.get(policy, dict(budget=99))
+        for chunk in (None, 7):
+            for patch in {False, policy in evict.ATTENTION_RULES}:
+                cache = evict.make_cache(model, policy, chunk=chunk, obs_window=4, patch=patch, **settings)
+                assert generate(model, prompt, 8, cache=cache) == want and cache.footprint() == 1
+    shares = evict.make_cache(model, "snapkv", keep=1.0, obs_window=4, chunk=11)
+    assert generate(model, prompt, 8, cache=shares) == want
+
+
+def test_streaming_and_heads_hold_exactly_sink_and_window():
+    model, tokens = small(), torch.randint(61, (40,), generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[True, False], [False, True], [False, False]])
+    cache = evict.make_cache(model, "heads", heads=mask, sink=3, window=6, chunk=1)
+    logits = []
+    with torch.no_grad():
+        for t in tokens:
+            logits.append(model(t[None], cache.attend, cache.next_positions(1)))
+        close(torch.cat(logits), model(tokens, prulong.split(mask, [0, 40], 3, 6)), 1e-12)  # chunk 1 is the strict window
+    assert held(cache) == torch.where(mask, 40, 8).tolist()
+    assert cache.positions(0, 1).tolist() == [0, 1, 2, *range(35, 40)]
+    cache = evict.make_cache(model, "streaming", sink=2, budget=9, chunk=16)
+    generate(model, tokens, 1, cache=cache)
+    assert cache.positions(2, 1).tolist() == [0, 1, *range(33, 40)]
+
+
+def test_chunked_budgets_at_the_edges():
+    """Chunks shorter than the window, budget 0, remainder 1, window longer than the prompt: exactly the budget is kept."""
+    model, tokens = small(), torch.randint(61, (33,), generator=torch.Generator().manual_seed(0))
+    for policy in ("snapkv", "knorm", "random"):
+        for chunk in (1, 2, 3, 4, 5, 8, 16, 32, 33, 100):
+            for budget in (0, 1, 3, 4, 6, 40):
+                for obs_window in (1, 4, 64):
+                    for patch in {False, policy == "snapkv"}:
+                        cache = evict.make_cache(model, policy, budget=budget, chunk=chunk, obs_window=obs_window, patch=patch)
+                        generate(model, tokens, 1, cache=cache)
+                        q, r = divmod(33, chunk)
+                        assert held(cache) == [[q * min(budget, chunk) + min(budget, r)] * 2] * 3
+    cache = evict.make_cache(model, "snapkv", keep=0.29, obs_window=2)
+    generate(model, torch.randint(61, (100,)), 1, cache=cache)
+    assert held(cache) == [[29] * 2] * 3
+    cache = evict.make_cache(model, "snapkv", budget=5, obs_window=9)
+    generate(model, tokens, 1, cache=cache)
+    assert cache.positions(0, 0).tolist() == list(range(28, 33))  # less budget than window: the last tokens
+
+
+def test_window_scores_by_definition():
+    rng = torch.Generator().manual_seed(0)
+    for n_kv, g, w, n, start in ((2, 3, 4, 20, 0), (1, 1, 1, 9, 5), (3, 2, 6, 6, 0)):
+        q, k = torch.randn(w, n_kv, g, 8, generator=rng), torch.randn(n_kv, n, 8, generator=rng)
+        pos = torch.arange(start, start + n).expand(n_kv, n)
+        for pool, reduce in (("avg", "mean"), ("max", "mean"), ("max", "max")):
+            got = evict.window_scores(q, torch.arange(start + n - w, start + n), k, pos, n - w, pool, 5, reduce)
+            for h in range(n_kv):
+                each = []
+                for i in range(g):
+                    total = torch.zeros(n, dtype=torch.double)
+                    for r in range(w):
+                        s = (k[h].double() @ q[r, h, i].double()) / 8 ** 0.5
+                        total[:n - w + r + 1] += s[:n - w + r + 1].softmax(0)
+                    total = total[:n - w].tolist()
+                    near = [[total[t] if 0 <= t < n - w else None for t in range(j - 2, j + 3)] for j in range(n - w)]
+                    each.append([sum(x or 0 for x in m) / 5 if pool == "avg" else max(x for x in m if x is not None) for m in near])
+                each = torch.tensor(each, dtype=torch.double)
+                close(got[h], (each.mean(0) if reduce == "mean" else each.amax(0)) if n > w else torch.zeros(0), 1e-6)
+    flat = evict.window_scores(torch.zeros(1, 1, 1, 4), torch.tensor([10]), torch.zeros(1, 11, 4), torch.arange(11)[None], 10)
+    close(flat[0] * 11, torch.tensor([.6, .8, 1, 1, 1, 1, 1, 1, .8, .6]), 1e-6)  # zeros beyond the edges count
+
+
+def test_select():
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        n, budget, first, last = (int(torch.randint(0, 12, (1,), generator=rng)) for _ in range(4))
+        scores = torch.randint(0, 4, (3, n), generator=rng).float()
+        got = evict.select(scores, budget, min(first, n), last)
+        for row, index in zip(scores, got):
+            must_last = list(range(n))[n - min(last, budget, n):]
+            order = must_last + [i for i in range(min(first, n)) if i not in must_last]
+            order += sorted((i for i in range(n) if i not in order), key=lambda i: (-row[i], i))
+            assert index.tolist() == sorted(order[:budget])
+
+
+def test_pyramid_budgets():
+    """The spec's vectors: released rounding, its uniform and keep-all branches, and the exact sums."""
+    at = lambda n, exact=False: evict.pyramid_budgets(20, 4, 4, n, exact=exact)
+    assert at(100) == [36, 26, 16, 6] and at(33) == [33, 25, 17, 9] and at(32) == [32, 24, 16, 8] and at(31) == [20] * 4 and at(19) == [19] * 4
+    assert at(100, True) == [35, 25, 15, 5] and at(33, True) == [33, 24, 16, 7]
+    big = evict.pyramid_budgets(320, 64, 32, 8192)
+    assert big[0] == 564 and big[-1] == 99 and abs(sum(big) / 32 - 331.5) < 0.01
+    for cap, window, n_layer, n in ((65, 64, 32, 9000), (10, 20, 5, 100), (50, 8, 1, 400), (50, 8, 7, 300), (0, 4, 3, 10)):
+        for exact in (False, True):
+            budgets = evict.pyramid_budgets(cap, window, n_layer, n, exact=exact)
+            assert budgets == sorted(budgets, reverse=True) and 0 <= budgets[-1] and budgets[0] <= n
+            assert not exact or sum(budgets) == cap * n_layer
+
+
+def test_patching_lets_the_prompts_end_judge_each_chunk():
+    """Scores of a patched chunk equal those of [chunk | prompt tail] in a fresh forward; the patch leaves no trace."""
+    model, w = small(), 4
+    tokens = torch.randint(61, (41,), generator=torch.Generator().manual_seed(3))
+    cache = evict.make_cache(model, "snapkv", budget=6, obs_window=w, patch=True, chunk=16)
+    generate(model, tokens, 1, cache=cache)
+    assert held(cache) == [[18] * 2] * 3 and cache.seen == 41
+    seen = {}
+    def watch(layer, q, k, v):
+        seen[layer] = q, k
+        return attention(q, k, v, [0, len(q)], [0, len(q)])
+    with torch.no_grad():
+        model.hidden(torch.cat((tokens[:16], tokens[-w:])), watch)
+    for layer in range(3):
+        q, k = seen[layer]
+        pos = torch.arange(20).expand(2, 20)
+        scores = evict.window_scores(q[-w:].unflatten(1, (2, 3)), torch.arange(16, 20), k.transpose(0, 1), pos, 16)
+        for h, index in enumerate(evict.select(scores, 6)):
+            assert cache.positions(layer, h)[:6].tolist() == index.tolist()
+    once = [evict.make_cache(model, "snapkv", budget=12, obs_window=w, patch=patch) for patch in (False, True)]
+    assert generate(model, tokens, 6, cache=once[0]) == generate(model, tokens, 6, cache=once[1])  # one chunk: the same thing
+
+
+def test_survivors_keep_their_keys_and_positions():
+    """What is held equals the un-evicted cache's keys at those positions (first layer); KV heads are stored once."""
+    model, tokens = small(), torch.randint(61, (40,), generator=torch.Generator().manual_seed(0))
+    full, cache = KVCache(model), evict.make_cache(model, "snapkv", budget=3, chunk=9, obs_window=3)
+    generate(model, tokens, 1, cache=full), generate(model, tokens, 1, cache=cache)
+    slab, = cache.slabs[0]
+    for h in range(2):
+        close(slab.k[h, :slab.n], full.slabs[0][0].k[h][cache.positions(0, h)], 1e-12)
+    bare = evict.unrotate(full.slabs[0][0].k[:, :40].transpose(0, 1)[:, :, None], model.config, 0)
+    with torch.no_grad():
+        first = model.model.layers[0]
+        close(bare[:, :, 0], first.self_attn.k_proj(first.input_layernorm(model.model.embed_tokens(tokens))).unflatten(1, (2, 8)), 1e-6)
+    assert len(cache.slabs[0]) == 1
+    entries = sum(map(sum, held(cache)))
+    assert entries * 2 * 8 * 8 <= cache.nbytes() <= 1.02 * entries * 2 * 8 * 8
+
+
+def test_h2o_tova_and_norms_by_definition():
+    rng = torch.Generator().manual_seed(0)
+    q, k = torch.randn(7, 2, 3, 8, generator=rng), torch.randn(2, 12, 8, generator=rng)
+    q_pos, pos = torch.arange(5, 12), torch.arange(12).expand(2, 12)
+    weights = torch.zeros(2, 3, 7, 12)
+    for h in range(2):
+        for g in range(3):
+            for r in range(7):
+                weights[h, g, r, :6 + r] = (k[h, :6 + r] @ q[r, h, g] / 8 ** 0.5).softmax(0)
+    close(evict.column_sums(q, q_pos, k, pos, rows=3), weights.sum((1, 2)), 1e-5)
+    close(evict.last_query_scores(q, q_pos, k, pos), weights[:, :, -1].mean((0, 1)).expand(2, 12), 1e-6)
+    model, tokens = small(), torch.randint(61, (40,), generator=rng)
+    for policy in ("h2o", "tova"):
+        cache = evict.make_cache(model, policy, budget=10, chunk=13)
+        generate(model, tokens, 9, cache=cache)
+        assert held(cache) == [[10] * 2] * 3  # also after decoding
+        same = [torch.equal(cache.positions(i, 0), cache.positions(i, 1)) for i in range(3)]
+        assert policy == "h2o" or all(same)
+    cache = evict.make_cache(model, "knorm", budget=10, recent=3)
+    generate(model, tokens, 1, cache=cache)
+    full = KVCache(model)
+    generate(model, tokens, 1, cache=full)
+    norms = full.slabs[1][0].k[:, :40].norm(dim=-1)
+    for h in range(2):
+        assert cache.positions(1, h).tolist() == sorted([*norms[h, :37].argsort()[:7].tolist(), 37, 38, 39])
+
+
+def test_decode_time_eviction_bounds_the_cache():
+    model, tokens = small(), torch.randint(61, (20,), generator=torch.Generator().manual_seed(0))
+    for policy in evict.CHUNK_RULES:
+        cache = evict.make_cache(model, policy, budget=8, decode_every=5, decode_budget=12, obs_window=3)
+        generate(model, tokens, 31, cache=cache)  # 30 decode steps
+        assert held(cache) == [[12] * 2] * 3 and max(int(k.max()) for _, k in cache.log[6:]) == 16
+        assert policy == "random" or cache.positions(1, 1)[-3:].tolist() == [47, 48, 49]  # the recent tail
+
+
+def test_locret(tmp_path):
+    """Scores depend on the token itself, not on what follows; training lowers the loss; the prompt's tail is held until its end."""
+    model, rng = small(), torch.Generator().manual_seed(0)
+    samples = [(torch.randint(61, (40,), generator=rng), 8)] * 60
+    scorer, losses = evict.train_locret(model.float(), samples, hidden=32, lr=3e-3)
+    assert losses[-1] < 0.7 * losses[0]
+    again, _ = evict.train_locret(model, samples[:3], hidden=32)
+    other, _ = evict.train_locret(model, samples[:3], hidden=32)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), other.parameters()))
+    tokens = samples[0][0]
+    notes = []
+    for n in (20, 40):
+        cache = evict.make_cache(model, "locret", budget=99, scorer=scorer)
+        generate(model, tokens[:n], 1, cache=cache)
+        notes.append(cache.notes)
+    for layer in range(3):
+        for h in range(2):
+            close(notes[0][layer][h], notes[1][layer][h][:20], 1e-4)
+    cache = evict.make_cache(model, "locret", budget=10, scorer=scorer, chunk=8, obs_window=4)
+    generate(model, tokens, 5, cache=cache)
+    assert held(cache) == [[14] * 2] * 3  # decoding never evicts
+
+
+def test_eviction_refuses_what_means_nothing():
+    model = small()
+    for settings, words in ((dict(policy="magic"), "magic"), (dict(policy="snapkv"), "either budget or keep"),
+                            (dict(policy="snapkv", budget=3, keep=0.5), "either"), (dict(policy="snapkv", budget=-1), "budget must be >= 0"),
+                            (dict(policy="full", budget=3), "neither"), (dict(policy="streaming", keep=0.5), "not keep"),
+                            (dict(policy="streaming", budget=3, sink=8), "window must be >= 1"), (dict(policy="knorm", budget=3, patch=True), "patch"),
+                            (dict(policy="heads"), "mask"), (dict(policy="heads", heads=torch.ones(2, 2)), "mask"),
+                            (dict(policy="locret", budget=3), "scorer"), (dict(policy="snapkv", keep=1.5), "0..1"),
+                            (dict(policy="snapkv", keep=0.5, decode_every=2), "decode_budget"), (dict(policy="snapkv", budget=3, kernel=4), "odd"),
+                            (dict(policy="snapkv", budget=3, pool="mid"), "pool"), (dict(policy="full", chunk=0), "chunk")):
+        with pytest.raises(ValueError, match=words):
+            evict.make_cache(model, **settings)
+
+# --- footprint ----------------------------------------------------------------------------------------------------------
+
+def matrix_footprint(n, m, chunk, keep_after):
+    """The definition: a boolean (row, key) matrix of what is not evicted. keep_after(step, held, new, decoding) -> entries kept."""
+    held, rows, peak, start = [], torch.zeros(n + m, n + m, dtype=torch.bool), 0, 0
+    steps = [min(chunk, n - a) for a in range(0, n, chunk)] + [1] * m
+    for i, t in enumerate(steps):
+        for r in range(t):
+            rows[start + r, held] = True
+            rows[start + r, start:start + r + 1] = True
+        peak = max(peak, len(held) + t)
+        held = keep_after(held, list(range(start, start + t)), i >= len(steps) - m)
+        start += t
+    return Fraction(int(rows.sum()), (n + m) * (n + m + 1) // 2), Fraction(peak, n + m)
+
+
+def test_footprint_closed_forms_equal_the_matrix():
+    rng = np.random.default_rng(0)
+    for _ in range(1200):
+        n, m, chunk, sink, window, k = (int(rng.integers(lo, hi)) for lo, hi in ((0, 30), (0, 12), (1, 34), (0, 6), (0, 12), (0, 14)))
+        if n + m == 0:
+            continue
+        stream = lambda held, new, decoding: [x for x in held + new if x < sink or x > (new[-1] - window)]
+        assert footprint.streaming(n, m, chunk, sink, window) == matrix_footprint(n, m, chunk, stream)
+        assert footprint.full(n, m) == matrix_footprint(n, m, chunk, lambda held, new, decoding: held + new)
+        assert footprint.postfill(n, m, k) == matrix_footprint(n, m, max(n, 1), lambda held, new, decoding: held + new if decoding else new[:k])
+        assert footprint.chunked(n, m, chunk, k) == matrix_footprint(n, m, chunk, lambda held, new, decoding: held + new if decoding else held + new[:k])
+        assert footprint.rolling(n, m, chunk, k) == matrix_footprint(n, m, chunk, lambda held, new, decoding: (held + new)[:k])
+        assert footprint.rolling(n, m, chunk, k, False) == matrix_footprint(
+            n, m, chunk, lambda held, new, decoding: held + new if decoding else (held + new)[:k])
+        s = Fraction(int(rng.integers(0, 9)), 8)
+        a, b = footprint.streaming(n, m, chunk, sink, window), footprint.full(n, m)
+        got = footprint.heads(n, m, chunk, sink, window, s)
+        assert got[0] == s * a[0] + (1 - s) * b[0] and got[1] <= s * a[1] + (1 - s) * b[1]
+
+
+def test_footprint_worked_examples():
+    f = Fraction
+    for got, cells, peak in (
+            (footprint.full(12, 4), 136, 16), (footprint.streaming(12, 4, 12, 1, 2), 94, 12), (footprint.streaming(12, 4, 4, 1, 2), 70, 7),
+            (footprint.streaming(12, 4, 5, 1, 2), 70, 8), (footprint.streaming(12, 4, 1, 1, 2), 58, 4), (footprint.postfill(12, 4, 3), 100, 12),
+            (footprint.rolling(12, 4, 12, 6), 106, 12), (footprint.chunked(12, 4, 4, 2), 88, 10), (footprint.chunked(12, 4, 4, 1), 64, 7),
+            (footprint.chunked(12, 4, 4, 3), 112, 13), (footprint.chunked(12, 4, 5, 2), 85, 10), (footprint.rolling(12, 4, 4, 3, False), 76, 7),
+            (footprint.rolling(12, 4, 4, 3), 70, 7), (footprint.heads(12, 4, 4, 1, 2, f(1, 2)), 103, 10), (footprint.heads(12, 4, 4, 1, 2, 0.75), f(173, 2), f(33, 4))):
+        assert got == (f(cells) / 136, f(peak) / 16)
+    for percent, got in ((99.80, footprint.streaming(100000, 100, 100000, 128, 1024)), (33.73, footprint.streaming(100000, 100, 32768, 128, 1024)),
+                         (4.29, footprint.streaming(100000, 100, 2048, 128, 1024)), (53.6, footprint.heads(100000, 100, 32768, 128, 1024, 0.7)),
+                         (37.1, footprint.heads(100000, 100, 8192, 128, 1024, 0.7)), (80.25, footprint.postfill(24000, 3000, 0)),
+                         (34.5, footprint.chunked(100000, 100, 2048, round(0.3 * 2048), extra=64))):
+        assert abs(100 * float(got[0]) - percent) <= 0.051, (percent, float(got[0]))
+    official = footprint.heads(100000, 100, 32768, 128, 1024, 0.7)
+    assert abs(float(official[0]) - 0.536079) < 1e-6 and abs(float(official[1]) - 0.531820) < 1e-6
+    for bad in (lambda: footprint.full(0, 0), lambda: footprint.full(-1, 4), lambda: footprint.chunked(4, 4, 0, 1), lambda: footprint.heads(4, 4, 1, 1, 1, 1.5)):
+        with pytest.raises(ValueError):
+            bad()
+    config = LlamaConfig(vocab_size=9, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, n_ff=9, head_dim=128)
+    assert footprint.bytes_per_token(config, 2) == 131072
+
+
+def test_critical_footprint():
+    xy = [(1, 100), (.8, 95), (.6, 92), (.4, 80), (.2, 20)]
+    assert footprint.critical(xy, 100) == footprint.critical(xy[::-1], 100) and abs(footprint.critical(xy, 100)[1] - 17 / 30) < 1e-12
+    bound, value = footprint.critical([(93.3, 95), (60, 94.9), (53.3, 92.5), (46.7, 87.7), (40, 50)], 95.2)
+    assert bound == "=" and abs(value - 46.341) < 0.001
+    assert footprint.critical([(.5, 95), (.9, 99)], 100) == ("<", .5) and footprint.critical([(.5, 5), (.9, 9)], 100) == (">", .9)
+    dip = [(.5, 50), (.6, 92), (.7, 80), (.8, 95)]  # recovers below its dip: the smallest footprint counts
+    assert abs(footprint.critical(dip, 100)[1] - (.5 + .1 * 40 / 42)) < 1e-12
+    exact = footprint.critical([(Fraction(1, 4), 0), (Fraction(3, 4), 100)], 100, Fraction(1, 2))
+    assert exact == ("=", Fraction(1, 2))
+
+
+def test_footprint_of_a_run_equals_its_closed_form():
+    """What the cache logged while generating m + 1 tokens (the last is not fed back) against the formulas."""
+    model, tokens, n, m = small(), torch.randint(61, (45,), generator=torch.Generator().manual_seed(0)), 45, 9
+    mask = torch.tensor([[True, False], [False, False], [False, True]])
+    for policy, settings, chunk, want in (
+            ("full", {}, 8, footprint.full(n, m)), ("streaming", dict(sink=2, window=7), 8, footprint.streaming(n, m, 8, 2, 6)),
+            ("heads", dict(heads=mask, sink=2, window=7), 8, footprint.heads(n, m, 8, 2, 6, Fraction(4, 6))),
+            ("snapkv", dict(budget=11, obs_window=4), None, footprint.postfill(n, m, 11)), ("snapkv", dict(budget=3, obs_window=4), 8, footprint.chunked(n, m, 8, 3)),
+            ("snapkv", dict(budget=3, obs_window=4, patch=True), 8, footprint.chunked(n, m, 8, 3)), ("tova", dict(budget=10), 8, footprint.rolling(n, m, 8, 10)),
+            ("h2o", dict(budget=10), 8, footprint.rolling(n, m, 8, 10))):
+        cache = evict.make_cache(model, policy, chunk=chunk, **settings)
+        generate(model, tokens, m + 1, cache=cache)
+        assert (cache.footprint(), cache.peak()) == want, policy
+
+
+def test_footprint_sweep_resumes_and_draws(tmp_path):
+    """Three points of a sweep are removed, one line is cut short: only those run again, and the rest stand as they were."""
+    save_model(Llama(eval_tasks.TINY).init_weights(0), tmp_path / "out" / "tiny-seed0")
+    args = [os.path.abspath(footprint.__file__), "--n", "2", "--lengths", "64", "--curves", "streaming,snapkv patched", "--shares", "0.1,0.5,0.9", "--chunk", "16"]
+    first = script(*args, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    path = tmp_path / "out" / "footprint" / "results.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == 7
+    path.write_text("".join(lines[:4]) + lines[4][:30])
+    refused = script(*args, cwd=tmp_path)
+    assert refused.returncode == 2 and "--resume" in refused.stderr
+    again = script(*args, "--resume", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    after = path.read_text().splitlines(keepends=True)
+    drop = lambda line: {k: v for k, v in json.loads(line).items() if k != "seconds"}
+    assert after[:4] == lines[:4] and [drop(x) for x in after] == [drop(x) for x in lines]
+    assert again.stdout == first.stdout and set(json.loads(first.stdout.splitlines()[-1])["critical"]) == {"facts 64 streaming", "facts 64 snapkv patched"}
+    picture = xml.etree.ElementTree.parse(tmp_path / "out" / "footprint" / "footprint-facts-64.svg")
+    assert len(picture.findall(".//{http://www.w3.org/2000/svg}circle")) == 6
+    with pytest.raises(ValueError, match="finite"):
+        footprint.svg({"a": [(0.5, math.nan)]}, "", 1.0, 0.9)
 
 
 # --- a real Llama -----------------------------------------------------------------------------------------------------
