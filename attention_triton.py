@@ -211,23 +211,23 @@ def dense_backward(grad, q, k, v, out, lse, triangle, scale):
 def plain(q, k, v, triangle, scale):
     """`dense` by its formula: for devices without the fused kernel."""
     p, lse = probabilities(q, k, triangle, scale)
-    return (p @ v.float().unsqueeze(2)).flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
+    return (p @ v.to(p.dtype).unsqueeze(2)).flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
 
 
 def plain_backward(grad, q, k, v, out, lse, triangle, scale):
     """`dense_backward` by its formula."""
     p, _ = probabilities(q, k, triangle, scale, lse)
     n_rep = q.shape[1] // k.shape[1]
-    grad_f, out_f, q_f = (x.float().unflatten(1, (-1, n_rep)) for x in (grad, out, q))  # (B, H_kv, G, nq, D)
-    k_f, v_f = k.float().unsqueeze(2), v.float().unsqueeze(2)  # (B, H_kv, 1, nk, D)
+    grad_f, out_f, q_f = (x.to(p.dtype).unflatten(1, (-1, n_rep)) for x in (grad, out, q))  # (B, H_kv, G, nq, D)
+    k_f, v_f = k.to(p.dtype).unsqueeze(2), v.to(p.dtype).unsqueeze(2)  # (B, H_kv, 1, nk, D)
     d_s = p * (grad_f @ v_f.mT - (grad_f * out_f).sum(-1, keepdim=True)) * scale  # (B, H_kv, G, nq, nk)
     return (d_s @ k_f).flatten(1, 2), (d_s.mT @ q_f).sum(2), (p.mT @ grad_f).sum(2)
 
 
 def probabilities(q, k, triangle, scale, lse=None):
-    """exp(scores - lse) (B, H_kv, G, nq, nk) in float32 and lse (B, H_kv, G, nq), the scores' own if none is given."""
-    n_rep = q.shape[1] // k.shape[1]
-    s = (q.float().unflatten(1, (-1, n_rep)) @ k.float().unsqueeze(2).mT) * scale  # (B, H_kv, G, nq, nk)
+    """exp(scores - lse) (B, H_kv, G, nq, nk), at least float32, and lse (B, H_kv, G, nq), the scores' own if none is given."""
+    n_rep, wide = q.shape[1] // k.shape[1], torch.promote_types(q.dtype, torch.float32)
+    s = (q.to(wide).unflatten(1, (-1, n_rep)) @ k.to(wide).unsqueeze(2).mT) * scale  # (B, H_kv, G, nq, nk)
     if triangle:
         s = s.masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).triu(1), -math.inf)
     lse = s.logsumexp(-1) if lse is None else lse.unflatten(1, (-1, n_rep))

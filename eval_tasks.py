@@ -6,6 +6,7 @@ a model small enough to train in a minute has heads of both kinds.
 
     python eval_tasks.py            # trains the tiny model if need be and shows its recall by distance
 """
+import json
 import os
 from dataclasses import dataclass
 
@@ -138,9 +139,12 @@ CURRICULUM = ((64, 8, 16, 32, 0.97), (128, 10, 24, 16, 0.97), (256, 12, 32, 8, 0
 
 def tiny_model(seed=0, path=None, max_steps=1200, log=print) -> Llama:
     """The tiny Llama that knows the fact stream up to 512 tokens: read from folder `path`, or trained (about a CPU
-    minute) and kept there. Raises RuntimeError if the stages are not through after max_steps steps."""
+    minute) and kept there. Raises ValueError if the stages are not through after max_steps steps or path holds another model."""
     if path and os.path.exists(os.path.join(path, "config.json")):  # written last
-        return load_model(path)
+        model = load_model(path)
+        if model.config != TINY:
+            raise ValueError(f"{path} holds another model than the tiny one: remove it or work elsewhere")
+        return model
     model = Llama(TINY).init_weights(seed)
     with torch.no_grad():
         rng = torch.Generator().manual_seed(seed)
@@ -154,7 +158,7 @@ def tiny_model(seed=0, path=None, max_steps=1200, log=print) -> Llama:
         average, first = 0.0, step
         while average < goal:
             if step == max_steps:
-                raise RuntimeError(f"the tiny model (seed {seed}) is at recall {average:.2f} of length {length} after {step} steps")
+                raise ValueError(f"the tiny model (seed {seed}) is at recall {average:.2f} of length {length} after {step} steps")
             facts = fact_stream(np.random.default_rng([seed, step]), n_seq, length, n_fact, n_query)
             batch = facts.batch
             hidden = model.hidden(batch.tokens, causal(batch.cu_seqlens))
@@ -182,20 +186,22 @@ def tiny_model(seed=0, path=None, max_steps=1200, log=print) -> Llama:
 
 @dataclass
 class Config:
-    seed: int = flag(0, "of the tiny model's weights and data", low=0)
-    n: int = flag(64, "sequences to score", low=1)
+    seed: int = flag(0, "of the tiny model's weights and data", low=0, high=2 ** 31)
+    n: int = flag(64, "sequences to score", low=1, high=10 ** 6)
 
 
 def main():
     config, = parse([Config], description="Recall of the tiny model on the fact stream, by distance of the fact.")
     model = tiny_model(config.seed, f"out/tiny-seed{config.seed}")
     print("| tokens | facts | queries | recall | facts up to 32 back | 33 to 128 | beyond |\n|---|---|---|---|---|---|---|")
+    rows = []
     for length, n_fact, n_query, *_ in CURRICULUM:
         facts = fact_stream(np.random.default_rng([config.seed, 2 ** 31]), config.n, length, n_fact, n_query)
         back = facts.query - facts.fact
         bands = [None, back <= 32, (back > 32) & (back <= 128), back > 128]
-        scores = ["-" if band is not None and not band.any() else f"{recall(model, facts, which=band):.3f}" for band in bands]
-        print(f"| {length} | {n_fact} | {n_query} | " + " | ".join(scores) + " |")
+        rows.append([None if band is not None and not band.any() else recall(model, facts, which=band) for band in bands])
+        print(f"| {length} | {n_fact} | {n_query} | " + " | ".join("-" if x is None else f"{x:.3f}" for x in rows[-1]) + " |")
+    print(json.dumps({"seed": config.seed, "n": config.n, "recall": {row[0]: scores[0] for row, scores in zip(CURRICULUM, rows)}}))
 
 
 if __name__ == "__main__":

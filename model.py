@@ -52,38 +52,34 @@ class LlamaConfig:
     @staticmethod
     def from_hf(hf: dict):
         """The config of a hub's config.json. Raises ValueError naming the field that is missing, wrong or unsupported."""
-        if hf.get("model_type", "llama") != "llama" or "LlamaForCausalLM" not in hf.get("architectures", ["LlamaForCausalLM"]):
-            raise ValueError(f"unsupported architecture {hf.get('architectures')} (model_type {hf.get('model_type')!r}): "
-                             "only LlamaForCausalLM is")
-        for name, plain in (("attention_bias", (False, None)), ("mlp_bias", (False, None)),
-                            ("hidden_act", ("silu", "swish", None)), ("quantization_config", (None,))):
-            if hf.get(name) not in plain:
+        kinds = hf.get("architectures") or ["LlamaForCausalLM"]
+        if hf.get("model_type", "llama") != "llama" or not isinstance(kinds, list) or "LlamaForCausalLM" not in kinds:
+            raise ValueError(f"unsupported architecture {kinds} (model_type {hf.get('model_type')!r}): only LlamaForCausalLM is")
+        for name, plain in (("attention_bias", (False, None)), ("mlp_bias", (False, None)), ("quantization_config", (None,)),
+                            ("hidden_act", ("silu", "swish", None)), ("tie_word_embeddings", (False, True, None))):
+            if not any(hf.get(name) is value for value in plain) and hf.get(name) not in [x for x in plain if isinstance(x, str)]:
                 raise ValueError(f"unsupported {name} = {hf[name]!r}")
-
-        def number(name, kind, default=None):
-            value = hf.get(name) if hf.get(name) is not None else default
-            if value is None:
-                raise ValueError(f"field {name!r} is missing")
-            if isinstance(value, bool) or not isinstance(value, (int, kind)) or not 0 < value < math.inf:
-                raise ValueError(f"field {name!r} must be a positive {kind.__name__}, got {value!r}")
-            return kind(value)
-
-        n_embd, n_head = number("hidden_size", int), number("num_attention_heads", int)
-        n_kv_head = number("num_key_value_heads", int, n_head)
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # newer and older spelling
+        if not isinstance(rope, dict):
+            raise ValueError(f"rope_scaling must be an object, got {rope!r}")
+        n_embd, n_head = number(hf, "hidden_size"), number(hf, "num_attention_heads")
+        n_kv_head = number(hf, "num_key_value_heads", n_head)
         if n_head % n_kv_head or (hf.get("head_dim") is None and n_embd % n_head):
             raise ValueError(f"{n_head} query heads fit neither {n_kv_head} KV heads nor width {n_embd} evenly")
-        head_dim = number("head_dim", int, n_embd // n_head)
+        head_dim = number(hf, "head_dim", n_embd // n_head)
         if head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, got {head_dim}")
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}  # newer and older spelling
-        eos = hf.get("eos_token_id")
+        vocab_size, eos = number(hf, "vocab_size"), hf.get("eos_token_id")
+        eos = eos if isinstance(eos, list) else [eos] * (eos is not None)
+        for i in [*eos, hf.get("bos_token_id")]:
+            if i is not None and (type(i) is not int or not 0 <= i < vocab_size):
+                raise ValueError(f"bos_token_id and eos_token_id must be ids below {vocab_size}, got {i!r}")
         return LlamaConfig(
-            vocab_size=number("vocab_size", int), n_layer=number("num_hidden_layers", int), n_head=n_head,
-            n_kv_head=n_kv_head, n_embd=n_embd, n_ff=number("intermediate_size", int), head_dim=head_dim,
-            max_seq_len=number("max_position_embeddings", int, 2048),
-            rope_base=float(rope.get("rope_theta") or number("rope_theta", float, 10000.0)), rope_scaling=check_rope(rope),
-            norm_eps=number("rms_norm_eps", float, 1e-6), tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            bos_id=hf.get("bos_token_id"), eos_ids=tuple(eos) if isinstance(eos, list) else (eos,) * (eos is not None))
+            vocab_size=vocab_size, n_layer=number(hf, "num_hidden_layers", most=10_000), n_head=n_head, n_kv_head=n_kv_head,
+            n_embd=n_embd, n_ff=number(hf, "intermediate_size"), head_dim=head_dim,
+            max_seq_len=number(hf, "max_position_embeddings", 2048, most=2 ** 40), norm_eps=number(hf, "rms_norm_eps", 1e-6, float),
+            rope_base=number(rope if rope.get("rope_theta") else hf, "rope_theta", 10000.0, float), rope_scaling=check_rope(rope),
+            tie_embeddings=bool(hf.get("tie_word_embeddings")), bos_id=hf.get("bos_token_id"), eos_ids=tuple(eos))
 
     def to_hf(self) -> dict:
         """config.json as the hub spells it; from_hf reads back an equal config."""
@@ -97,17 +93,27 @@ class LlamaConfig:
                 "eos_token_id": eos}
 
 
+def number(values: dict, name, default=None, kind=int, most=2 ** 24):
+    """A positive number from a JSON object: an int up to `most`, or a float. Raises ValueError naming the field."""
+    value = default if values.get(name) is None else values[name]
+    if value is None:
+        raise ValueError(f"field {name!r} is missing")
+    if type(value) not in (int, kind) or not 0 < value <= (most if kind is int else 1e30):
+        raise ValueError(f"field {name!r} must be a positive {kind.__name__} of sensible size, got {str(value)[:40]!r}")
+    return kind(value)
+
+
 def check_rope(rope: dict):
     """The scaling part of rope_scaling or rope_parameters, or None if it changes nothing."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     needs = {"default": (), "linear": ("factor",),
              "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-    if kind not in needs or rope.get("partial_rotary_factor", 1) != 1:
+    if not isinstance(kind, str) or kind not in needs or rope.get("partial_rotary_factor", 1) != 1:
         raise ValueError(f"unsupported rope_scaling {rope}: supported types are {', '.join(needs)}")
-    for name in needs[kind]:
-        if not isinstance(rope.get(name), (int, float)) or not 0 < rope[name] < math.inf:
-            raise ValueError(f"rope_scaling of type {kind!r} needs a positive {name!r}, got {rope.get(name)!r}")
-    return {"rope_type": kind, **{name: rope[name] for name in needs[kind]}} if needs[kind] else None
+    scaling = {"rope_type": kind, **{name: number(rope, name, kind=float) for name in needs[kind]}}
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise ValueError("rope_scaling: low_freq_factor must be below high_freq_factor")
+    return scaling if needs[kind] else None
 
 
 # --- network: parameter names are the hub's -------------------------------------------------------------------------
@@ -265,6 +271,7 @@ def cross_entropy(hidden, head, targets, weights=None):
     wide = torch.promote_types(hidden.dtype, torch.float32)
     weights = torch.ones_like(targets, dtype=wide) if weights is None else weights.to(wide)
     rows = targets != -100
+    check_tokens(targets[rows], len(head))
     if not rows.all():
         hidden, targets, weights = hidden[rows], targets[rows], weights[rows]
     if not weights.sum() > 0:
@@ -426,11 +433,11 @@ class KVCache:
         return sum(x.nbytes for slabs in self.slabs for slab in slabs for x in (slab.k, slab.v))
 
     def footprint(self) -> Fraction:
-        """Cells of (query row, key) held over time, as a share of full causal attention's."""
+        """Cells of (query row, key) held over time, as a share of full causal attention's. Raises ValueError before any step."""
         return footprint(self.log)
 
     def peak(self) -> Fraction:
-        """Most entries held in one step, as a share of all tokens."""
+        """Most entries held in one step, as a share of all tokens. Raises ValueError before any step."""
         return max(n_new + Fraction(int(held.sum()), held.numel()) for n_new, held in self.log) / sum(t for t, _ in self.log)
 
 
@@ -444,6 +451,8 @@ def footprint(log) -> Fraction:
 
     Source: "Cache Me If You Can", arXiv:2506.17121, section 2.1; mean over layers and KV heads."""
     n = sum(n_new for n_new, _ in log)
+    if n == 0:
+        raise ValueError("no step has been logged yet")
     cells = sum(n_new * (n_new + 1) // 2 + n_new * Fraction(int(held.sum()), held.numel()) for n_new, held in log)
     return cells / (n * (n + 1) // 2)
 
@@ -471,8 +480,8 @@ def pick(logits, temperature, top_p, generator=None) -> int:
     """One token of logits (V,): the best at temperature 0, else drawn from the smallest set that holds top_p."""
     if temperature == 0:
         return int(logits.argmax())
-    p, order = (logits / temperature).softmax(-1).sort(descending=True)
-    p[p.cumsum(-1) - p >= top_p] = 0  # keeps the token that crosses top_p
+    p, order = ((logits - logits.max()).double() / temperature).softmax(-1).sort(descending=True)
+    p[1:][p.cumsum(-1)[:-1] >= top_p] = 0  # keeps the token that crosses top_p
     return int(order[torch.multinomial(p, 1, generator=generator)])
 
 
@@ -497,7 +506,7 @@ def read_json(path):
     try:
         with open(path, encoding="utf-8") as f:
             value = json.load(f)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:  # ValueError: broken UTF-8, broken JSON, numbers of thousands of digits
         raise ValueError(f"{path}: not valid JSON ({e})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: want a JSON object, got {type(value).__name__}")
@@ -541,7 +550,8 @@ def weight_files(path):
     if not os.path.exists(index):
         raise FileNotFoundError(f"{path}: neither model.safetensors nor model.safetensors.index.json")
     shards = read_json(index).get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(s, str) and s == os.path.basename(s) for s in shards.values()):
+    if not isinstance(shards, dict) or not all(
+            isinstance(s, str) and s == os.path.basename(s) and s.endswith(".safetensors") for s in shards.values()):
         raise ValueError(f"{index}: weight_map must name files of this folder")
     return [os.path.join(path, s) for s in sorted(set(shards.values()))]
 
@@ -549,7 +559,7 @@ def weight_files(path):
 def read_tensors(file, want, device, dtype):
     """Tensors of one safetensors file by name, checked against the parameters `want` before anything is read."""
     from safetensors import SafetensorError, safe_open
-    if not os.path.exists(file):
+    if not os.path.isfile(file):
         raise FileNotFoundError(f"no file {file}")
     tensors = {}
     try:
@@ -649,20 +659,33 @@ class Tokenizer:
     """Byte-level BPE on tiktoken. `special` maps added tokens to ids; encode finds them in text, as the hub's do.
 
     vocab: token bytes -> id. merges: token bytes in the order in which BPE builds them (single bytes need no merge).
-    bos_id, eos_ids: ids or None / (); add_bos: whether this model's documents start with bos_id."""
+    bos_id, eos_ids: ids or None / (); add_bos: whether this model's documents start with bos_id; system: the default system
+    turn of the folder's chat template. Raises ValueError for ids, tokens or a split pattern that cannot be."""
 
     def __init__(self, vocab, merges, split, special=None, bos_id=None, eos_ids=(), add_bos=False, system=None):
         import tiktoken
+        self.special, self.bos_id, self.eos_ids, self.system = special or {}, bos_id, tuple(eos_ids), system
+        self.add_bos = add_bos and bos_id is not None
+        self.bytes = {i: t for t, i in vocab.items()} | {i: s.encode() for s, i in self.special.items()}
+        for i in [*self.bytes, *self.eos_ids, *[bos_id] * (bos_id is not None)]:
+            if type(i) is not int or not 0 <= i < 2 ** 31:
+                raise ValueError(f"token ids must be whole numbers >= 0, got {i!r}")
+        names = sorted(self.special)
+        for a, b in zip(names, names[1:]):
+            if not a or b.startswith(a):  # which of the two tiktoken would find in a text is left to chance
+                raise ValueError(f"unsupported added tokens: {a!r} is the beginning of {b!r}")
         single = [bytes([b]) for b in range(256)]
         tokens = list(dict.fromkeys([*single, *merges]))  # a token's rank is its place in the order of merging
-        self.special = special or {}
-        self.bos_id, self.eos_ids, self.add_bos, self.system = bos_id, tuple(eos_ids), add_bos, system
         self.ids = [vocab.get(t, -1) for t in tokens] + list(self.special.values())
-        self.bytes = {i: t for t, i in vocab.items()} | {i: s.encode() for s, i in self.special.items()}
-        self.encoding = tiktoken.Encoding(
-            "from file", pat_str=split, mergeable_ranks={t: r for r, t in enumerate(tokens)},
-            special_tokens={s: len(tokens) + i for i, s in enumerate(self.special)})
-        self.vocab_size = max(self.bytes) + 1
+        try:
+            self.encoding = tiktoken.Encoding(
+                "from file", pat_str=split + r"|(?s:.)", mergeable_ranks={t: r for r, t in enumerate(tokens)},  # (?s:.): drop nothing
+                special_tokens={s: len(tokens) + i for i, s in enumerate(self.special)})
+            self.encoding.encode(" a1\n", allowed_special="all")
+        except BaseException as e:  # a pattern that matches nothing at all panics, which is no Exception
+            if isinstance(e, (KeyboardInterrupt, SystemExit, MemoryError)):
+                raise
+            raise ValueError(f"the split pattern {split[:60]!r} does not work ({e})") from None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of text, without a leading BOS. A byte that the vocabulary lacks has none (as with the hub's)."""
@@ -670,11 +693,8 @@ class Tokenizer:
         return [ids[r] for r in self.encoding.encode(text, allowed_special="all") if ids[r] >= 0]
 
     def decode(self, ids) -> str:
-        """The text of token ids; broken UTF-8 becomes U+FFFD. Raises ValueError for an id without a token."""
-        try:
-            return b"".join(self.bytes[int(i)] for i in ids).decode("utf-8", errors="replace")
-        except KeyError as e:
-            raise ValueError(f"token id {e} is not in the vocabulary") from None
+        """The text of token ids; broken UTF-8 and ids without a token (models pad their vocabulary) become U+FFFD."""
+        return b"".join(self.bytes.get(int(i), b"\xff") for i in ids).decode("utf-8", errors="replace")
 
     def chat(self, messages: list[dict]) -> str:
         """The prompt for the assistant's next turn after messages [{"role", "content"}], in ChatML or Llama-3 format.
@@ -712,23 +732,33 @@ def load_tokenizer(path) -> Tokenizer:
         name, read = inside("tokenizer.model"), parse_tokenizer_model
     else:
         return byte_tokenizer(optional("config.json").get("vocab_size", 258))
+    template = settings.get("chat_template")
+    if os.path.exists(inside("chat_template.jinja")):  # newer checkpoints keep it apart
+        with open(inside("chat_template.jinja"), encoding="utf-8") as f:
+            template = f.read()
+    text = lambda t: t.get("content") if isinstance(t, dict) else t  # the hub writes tokens as strings or objects
+    config = optional("config.json")
     try:
         parts = read(name)
+        special, bos_token = parts["special"], parts.pop("bos_token")
+        bos = special.get(text(settings.get("bos_token") or bos_token), config.get("bos_token_id"))
+        eos = generation.get("eos_token_id", config.get("eos_token_id"))
+        eos = [*(eos if isinstance(eos, list) else [eos]), special.get(text(settings.get("eos_token")))]
+        return Tokenizer(**parts, bos_id=bos, eos_ids=dict.fromkeys(i for i in eos if i is not None), system=default_system(template))
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e:
-        raise ValueError(f"{name}: {e if isinstance(e, ValueError) else f'unexpected content ({e!r})'}") from None
-    special = parts["special"]
-    text = lambda t: t.get("content") if isinstance(t, dict) else t  # the hub writes tokens as strings or objects
-    named = lambda key: special.get(text(settings.get(key)))
-    bos = named("bos_token") if named("bos_token") is not None else optional("config.json").get("bos_token_id")
-    eos = generation.get("eos_token_id", optional("config.json").get("eos_token_id"))
-    eos = [i for i in [*(eos if isinstance(eos, list) else [eos]), named("eos_token")] if i is not None]
-    found = re.search(r"<\|im_start\|>system\\?\n?n?(.*?)<\|im_end\|>", str(settings.get("chat_template")), re.S)
-    return Tokenizer(**parts, bos_id=bos, eos_ids=dict.fromkeys(eos),
-                     system=found and found[1] if found and "{" not in found[1] else None)
+        raise ValueError(f"{name}: {e if type(e) is ValueError else f'unexpected content ({e!r})'}") from None
+
+
+def default_system(template):
+    """The system turn that a ChatML template puts first of itself, or None: the literal text between its marks."""
+    found = re.search(r"<\|im_start\|>system(?:\\n|\n)([^{}'+]+?)<\|im_end\|>", str(template))
+    return found and found[1]
 
 
 def byte_tokenizer(vocab_size=258) -> Tokenizer:
-    """Raw bytes as tokens."""
+    """Raw bytes as tokens; BOS 256 and EOS 257 where the vocabulary has room. Raises ValueError if it has none for bytes."""
+    if type(vocab_size) is not int or vocab_size < 256:
+        raise ValueError(f"no tokenizer, and a vocabulary of {vocab_size!r} has no room for raw bytes")
     special = {s: i for s, i in (("<|bos|>", 256), ("<|eos|>", 257)) if i < vocab_size}
     return Tokenizer({bytes([b]): b for b in range(256)}, [], r"(?s:.{1,32})", special, special.get("<|bos|>"),
                      [special["<|eos|>"]] if "<|eos|>" in special else (), add_bos="<|bos|>" in special)
@@ -747,12 +777,15 @@ def parse_tokenizer_json(spec: dict) -> dict:
     byte = {chr(c): b for c, b in zip([*letters, *range(256, 256 + len(rest))], [*letters, *rest])}
     raw = lambda token: bytes(byte[c] for c in token)
     special = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
+    if not all(isinstance(s, str) and s for s in special):
+        raise ValueError("an added token is not a text")
     vocab = {raw(t): i for t, i in model["vocab"].items() if t not in special}
     merges = [raw("".join(m.split(" ")) if isinstance(m, str) else "".join(m)) for m in model["merges"]]
     post = spec.get("post_processor") or {}
-    add_bos = any(p.get("type") == "TemplateProcessing" and "SpecialToken" in p["single"][0]
-                  for p in post.get("processors", [post]))
-    return dict(vocab=vocab, merges=merges, split=split_pattern(spec.get("pre_tokenizer")), special=special, add_bos=add_bos)
+    first = [p["single"][0].get("SpecialToken") for p in post.get("processors", [post]) if p.get("type") == "TemplateProcessing"]
+    bos_token = first[0]["id"] if first and first[0] else None  # what the hub's tokenizer puts before a text
+    return dict(vocab=vocab, merges=merges, split=split_pattern(spec.get("pre_tokenizer")), special=special,
+                add_bos=bos_token is not None, bos_token=bos_token)
 
 
 def split_pattern(spec) -> str:
@@ -783,7 +816,7 @@ def parse_tokenizer_model(path) -> dict:
         raise ValueError("not Llama-3's format (base64 and rank in each line); SentencePiece is not supported") from None
     special = {f"<|{name}|>": len(vocab) + i for i, name in enumerate(LLAMA3_SPECIAL)}
     merges = sorted((t for t in vocab if len(t) > 1), key=vocab.get)
-    return dict(vocab=vocab, merges=merges, split=LLAMA3_SPLIT, special=special, add_bos=True)
+    return dict(vocab=vocab, merges=merges, split=LLAMA3_SPLIT, special=special, add_bos=True, bos_token="<|begin_of_text|>")
 
 
 # --- command line: a dataclass field is a flag ----------------------------------------------------------------------
@@ -805,7 +838,7 @@ def parse(configs, argv=None, description=""):
     formatter = lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=120)
     parser = OneLineParser(description=description, allow_abbrev=False, formatter_class=formatter)
     for config in configs:
-        group, hints = parser.add_argument_group(config.__name__), typing.get_type_hints(config)
+        group, hints = parser.add_argument_group(f"{config.__module__} {config.__name__}"), typing.get_type_hints(config)
         for f in dataclasses.fields(config):
             kind = next((t for t in typing.get_args(hints[f.name]) if t is not types.NoneType), hints[f.name])
             options = dict(default=f.default, help=f.metadata["help"].replace("%", "%%")
@@ -820,6 +853,7 @@ def parse(configs, argv=None, description=""):
     values = vars(parser.parse_args(argv))
     for f in (f for config in configs for f in dataclasses.fields(config)):
         value, low, high = values[f.name], f.metadata["low"], f.metadata["high"]
+        high = 2 ** 40 if high is None and low is not None else high  # beyond any count or rate; refuses inf and nan
         if value is not None and not ((low is None or value >= low) and (high is None or value <= high)):
             wanted = " and ".join([f">= {low}"] * (low is not None) + [f"<= {high}"] * (high is not None))
             parser.error(f"--{f.name} must be {wanted}, got {value}")
@@ -830,6 +864,9 @@ def run(main):
     """Run a script's main(); what the user can mend ends in one line on stderr and exit 2."""
     try:
         main()
+    except MemoryError:
+        print(f"{os.path.basename(sys.argv[0])}: not enough memory for these sizes", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError) as e:
         reason = " ".join(str(e).split()) if isinstance(e, ValueError) or e.errno is None else \
             ": ".join(str(x) for x in (e.filename, e.strerror) if x)
@@ -837,6 +874,15 @@ def run(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def check_device(name) -> str:
+    """A device that torch can use here. Raises ValueError naming it otherwise."""
+    try:
+        torch.empty(1, device=name).item()
+        return name
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ValueError(f"--device {name!r} cannot be used here ({str(e).splitlines()[0]})") from None
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -860,6 +906,7 @@ def main():
     config, = parse([Config], description="Answer a prompt with a Llama checkpoint.")
     if config.model is None or config.prompt is None:
         raise ValueError("--model and --prompt are needed")
+    check_device(config.device)
     start = time.perf_counter()
     model, tokenizer = load_model(config.model, config.device, DTYPES[config.dtype]), load_tokenizer(config.model)
     loaded = time.perf_counter() - start

@@ -67,7 +67,7 @@ class DuoConfig:
     mask_lr: float = flag(0.02, "learning rate of the gates", low=0)
     reg: float = flag(0.05, "weight of the mean gate in the loss", low=0)
     needles: int = flag(10, "passkeys in a sample of text", low=1, high=10)
-    words: int = flag(32, "words in a passkey of text", low=1)
+    words: int = flag(32, "words in a passkey of text", low=1, high=1000)
     teacher_branch: bool = flag(False, "full branch from the teacher's states, as the official code, not the student's own")
 
 
@@ -142,12 +142,10 @@ def split(mask, cu_seqlens, sink, window):
     return lambda layer, q, k, v: attention(q, k, v, cu_seqlens, cu_seqlens, window=windows[layer], sink=sink)
 
 
-# --- the methods: what train.py asks of them is param_groups, lr_scale, batch, loss and scores -------------------------
+# --- the methods: what train.py asks of them: param_groups, lr_scale, batch, loss, scores, mask -------------------------
 
 class PruLong(nn.Module):
     """Language modelling under gates. Holds the gates; `model`'s weights stay where they are, frozen unless trained."""
-
-    steps, text_metric = 100, "loss"
 
     def __init__(self, model, config: Config, seed: int):
         super().__init__()
@@ -166,14 +164,14 @@ class PruLong(nn.Module):
         return [] if self.config.train == "weights" else \
             self.gates.param_groups(self.config.mask_lr, self.config.mask_weight_decay)
 
-    def lr_scale(self, step, steps):
-        return warmup_cosine(step, steps, 0.1, 0.01 if self.config.train == "masks" else 0.1)
+    def lr_scale(self, step, steps, warmup, min_lr):
+        return warmup_cosine(step, steps, warmup, min_lr)
 
     def batch(self, data, rng):
-        return data.batch(rng)
+        return data.batch(rng)._replace(weights=None)  # weights are for base models: every target counts here
 
     def loss(self, model, batch: Batch, step, steps, rng):
-        """LM loss on all targets (any weights are for base models) + the Lagrangian's penalty."""
+        """LM loss + the Lagrangian's penalty."""
         c, log_alpha = self.config, self.gates.log_alpha
         if c.train == "weights":
             attend = split(log_alpha > 0, batch.cu_seqlens, c.sink, c.window)
@@ -191,14 +189,16 @@ class PruLong(nn.Module):
             "closed": (log_alpha < 0).float().mean().item()}
 
     def scores(self):
-        """What heads are ranked by, (n_layer, n_kv_head)."""
-        return self.gates.log_alpha.detach()
+        """What heads are ranked by, (n_layer, n_kv_head) in 0..1: sigmoid(log_alpha)."""
+        return self.gates.log_alpha.detach().double().sigmoid()
+
+    def mask(self):
+        """The heads that keep the full cache: the best of the target sparsity, or the frozen ones."""
+        return self.scores() > 0.5 if self.config.train == "weights" else discretise(self.scores(), self.config.target_sparsity)
 
 
 class Duo(nn.Module):
     """DuoAttention: gates a in [0, 1] regress the full model's last states on passkeys, with an L1 price on a."""
-
-    steps, text_metric = 100, "loss"
 
     def __init__(self, model, config: DuoConfig, seed: int):
         super().__init__()
@@ -209,7 +209,7 @@ class Duo(nn.Module):
     def param_groups(self):
         return [dict(params=[self.a], lr=self.config.mask_lr, weight_decay=0.0, betas=(0.9, 0.999))]
 
-    def lr_scale(self, step, steps):
+    def lr_scale(self, step, steps, warmup, min_lr):
         """Up over the first fifth of the steps, down over the last, never below a tenth."""
         return max(0.1, min(1.0, 5 * (step + 1) / steps, 5 * (steps - step) / steps))
 
@@ -217,7 +217,8 @@ class Duo(nn.Module):
         return data.passkeys(rng, self.config.needles, self.config.words)
 
     def loss(self, model, batch: Batch, step, steps, rng):
-        """Mean squared difference of the last states, with and without gates, over the targets + reg * mean |a|."""
+        """Mean squared difference of the last states, with and without gates, where a target is predicted + reg * mean |a|.
+        (The released code takes the states at the target tokens themselves, one further on.)"""
         c, full = self.config, causal(batch.cu_seqlens)
         with torch.no_grad():
             self.a.clamp_(0, 1)
@@ -236,12 +237,25 @@ class Duo(nn.Module):
     def scores(self):
         return self.a.detach().clamp(0, 1)
 
+    def mask(self):
+        return discretise(self.scores(), self.config.target_sparsity)
+
 
 # --- passkeys: DuoAttention's only training data ----------------------------------------------------------------------
 
 WORDS = ("alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa quebec romeo "
          "sierra tango uniform victor whiskey xray yankee zulu").split()
 ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
+
+
+TOLD = "\nRemember this sequence of words, it's the {} passkey to the vault: {}\n"
+ASKED = "\nBased on the content of the book, what is the {} passkey to the vault?\nPasskey: {}"
+
+
+def passkeys_room(tokenizer, needles, words) -> int:
+    """Tokens that the longest passkeys, questions and answers take; a sample must be longer by the text between them."""
+    longest = " ".join([max(WORDS, key=lambda w: len(tokenizer.encode(" " + w)))] * words)
+    return needles + sum(len(tokenizer.encode(form.format(n, longest))) for form in (TOLD, ASKED) for n in ORDINALS[:needles])
 
 
 def passkeys(tokenizer, haystack, length, rng, needles, words=32):
@@ -251,11 +265,8 @@ def passkeys(tokenizer, haystack, length, rng, needles, words=32):
     haystack: at least `length` token ids. Raises ValueError if the passkeys leave no room for text.
     Source: DuoAttention, arXiv:2410.10819, section 2.3, and its released data code (10 needles of 32 words)."""
     keys = [" ".join(rng.choice(WORDS, words)) for _ in range(needles)]
-    told = [tokenizer.encode(f"\nRemember this sequence of words, it's the {n} passkey to the vault: {key}\n")
-            for n, key in zip(ORDINALS, keys)]
-    tail = [tokenizer.encode(f"\nBased on the content of the book, what is the {n} passkey to the vault?\nPasskey: {key}")
-            for n, key in zip(ORDINALS, keys)]
-    tail = [i for ids in tail for i in ids]
+    told = [tokenizer.encode(TOLD.format(n, key)) for n, key in zip(ORDINALS, keys)]
+    tail = [i for n, key in zip(ORDINALS, keys) for i in tokenizer.encode(ASKED.format(n, key))]
     room = length - len(tail) - sum(map(len, told))
     if room < needles:
         raise ValueError(f"{needles} passkeys of {words} words need {length - room} tokens: --seq_len {length} is too short")

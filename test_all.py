@@ -5,6 +5,7 @@ Tests that want a real pretrained Llama read its folder from LLAMA_DIR and are s
 import ast
 import base64
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -30,7 +31,7 @@ import model as model_file
 import prulong
 import train
 from attention_triton import attention
-from model import KVCache, Llama, LlamaConfig, cross_entropy, generate, load_model, load_tokenizer, rope_frequencies, save_model
+from model import Batch, KVCache, Llama, LlamaConfig, cross_entropy, generate, load_model, load_tokenizer, rope_frequencies, save_model
 
 
 def close(a, b, tol):
@@ -335,6 +336,19 @@ def test_config_spellings():
             LlamaConfig.from_hf(HF | change)
 
 
+def test_any_config_json_loads_or_names_the_field():
+    """Every field replaced by values of every kind: a config or a ValueError, at once."""
+    odd = [None, True, "x", "", -1, 0, 2.5, 10 ** 30, 1e300, math.nan, math.inf, [], [1], {}, {"a": 1}, {"rope_type": ["x"]},
+           {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4, "original_max_position_embeddings": 9},
+           {"rope_theta": [1]}, {"rope_theta": -5}]
+    for field in [*HF, "rope_scaling", "rope_parameters", "attention_bias", "bos_token_id", "eos_token_id", "max_position_embeddings"]:
+        for value in odd:
+            try:
+                assert isinstance(LlamaConfig.from_hf(HF | {field: value}), LlamaConfig)
+            except ValueError:
+                pass
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shard", [5_000_000_000, 4000])
 def test_save_and_load(tmp_path, dtype, shard):
@@ -453,8 +467,7 @@ def test_tokenizer_json_equals_bpe_by_its_definition(tmp_path, digits):
     assert tokenizer.encode("a<|im_end|>b")[1] == tokenizer.eos_ids[0] == ids["<|im_end|>"]
     assert tokenizer.bos_id == ids["<|im_start|>"] and not tokenizer.add_bos
     assert tokenizer.chat([{"role": "user", "content": "hi"}]) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    with pytest.raises(ValueError, match="99999"):
-        tokenizer.decode([99999])
+    assert tokenizer.decode([99999]) == "\ufffd"
 
 
 def test_llama3_tokenizer_model(tmp_path):
@@ -470,6 +483,25 @@ def test_llama3_tokenizer_model(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00")
     with pytest.raises(ValueError, match="SentencePiece"):
         load_tokenizer(tmp_path)
+
+
+def test_chat_templates_and_odd_tokenizers(tmp_path):
+    made_tokenizer(tmp_path)
+    for template, system in (("{{ '<|im_start|>system\\nnever lie<|im_end|>\\n' }}", "never lie"), ("<|im_start|>system\nnow<|im_end|>", "now"),
+                             ("'<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>'", None)):
+        (tmp_path / "chat_template.jinja").write_text(template)
+        assert load_tokenizer(tmp_path).system == system
+    good = json.loads((tmp_path / "tokenizer.json").read_text())
+    split = lambda pattern: {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}, {"type": "ByteLevel", "use_regex": False}]}}
+    for change in ({"added_tokens": [{"id": "5", "content": "x"}]}, {"added_tokens": [{"id": 5, "content": ""}]}, {"added_tokens": [{"id": 5, "content": 5}]},
+                   {"added_tokens": [{"id": 5, "content": "aa"}, {"id": 6, "content": "aaa"}]}, split(5), split("(")):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(good | change))
+        with pytest.raises(ValueError, match="tokenizer.json"):
+            load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(good | split("a+")))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("xaay")) == "xaay"  # what the pattern leaves out is not lost
 
 
 def test_byte_tokenizer_and_broken_files(tmp_path):
@@ -681,7 +713,8 @@ def test_packs_cover_the_data_once_and_keep_documents_apart():
         pieces = [p for i in range(n_train + n_held) for p in data.pack(source, i)]
         assert all(len(p) and (np.diff(p) == 1).all() for p in pieces)  # never across documents: 100 * i + consecutive
         seen = np.sort(np.concatenate(pieces))
-        assert len(np.unique(seen)) == len(seen) == len(tokens) // 16 * 16 and set(seen) <= set(np.concatenate(part))
+        assert len(np.unique(seen)) == len(seen) and set(seen) <= set(np.concatenate(part))
+        assert len(tokens) // 16 * 16 - len(seen) <= 2 * (n_train + n_held)  # a span of one token, at either end of a pack
     batch = data.batch(np.random.default_rng([0, 5]))
     assert torch.equal(batch.tokens, data.batch(np.random.default_rng([0, 5])).tokens) and len(batch.tokens) == 48
     ends = set((batch.cu_seqlens[1:] - 1).tolist())
@@ -723,7 +756,7 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path):
         docs = [torch.arange(5), torch.arange(9, 25), torch.arange(3), torch.arange(40, 47)]
     first = []
     for n_micro in (1, 2):
-        model, config = small(), train.Config(steps=1, grad_accum=n_micro, lr=1e-2)
+        model, config = small(), train.Config(steps=1, grad_accum=n_micro, lr=1e-2, **DEFAULTS)
         lm = train.LM(model, config, 0)
         turn = iter([Two.docs] if n_micro == 1 else [Two.docs[:3], Two.docs[3:]])
         lm.batch = lambda data, rng: train.collate(next(turn))
@@ -735,6 +768,68 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path):
         assert abs(first[0][key] - first[1][key]) < 1e-6 * first[0][key], (key, first)  # angles are float32
 
 
+def test_learning_rates_decay_and_clipping(tmp_path):
+    """The schedules by their definitions; matrices decay and norms do not; the gradient that is applied has norm <= clip."""
+    at = lambda step: model_file.warmup_cosine(step, 100, 0.1, 0.2)
+    assert [at(i) for i in (0, 4, 9)] == [0.1, 0.5, 1.0] and at(10) == 1.0 and abs(at(55) - 0.6) < 1e-12 and 0.2 < at(99) < 0.201
+    duo = prulong.Duo(small(), prulong.DuoConfig(), 0)
+    assert [round(duo.lr_scale(i, 50, None, None), 6) for i in (0, 4, 9, 25, 40, 45, 49)] == [0.1, 0.5, 1, 1, 1, 0.5, 0.1]
+    model, config = small(), train.Config(steps=1, lr=0.5, clip=1e-9, **(DEFAULTS | {"warmup": 0.0}))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    lm = train.LM(model, config, 0)
+    lm.batch = lambda data, rng: train.collate([torch.arange(30)])
+    train.fit(lm, model, None, config, str(tmp_path), {"method": "lm"}, contextlib.nullcontext)
+    for name, p in model.named_parameters():  # gradients below Adam's eps: what moves a weight is its decay alone
+        close(p, before[name] * (1 - 0.5 * 0.1 * (p.dim() > 1)), 0.06)
+        assert (p.dim() > 1) == bool((p.abs().mean() < 0.97 * before[name].abs().mean()))
+
+
+def test_gate_gradients_by_finite_differences():
+    model, tokens = small(), torch.arange(1, 31)
+    batch = train.collate([tokens[:18], tokens[18:]])
+    for per_document in (False, True):
+        for sampled in (False, True):
+            config = prulong.Config(sink=1, window=4, per_document=per_document, sampled_sparsity=sampled, mask_init=0.3)
+            method = prulong.PruLong(model, config, 0)
+            method.gates.double()
+            with torch.no_grad():
+                method.gates.multipliers.copy_(torch.tensor([0.7, 1.3]))
+            value = lambda: method.loss(model, batch, 3, 10, np.random.default_rng(5))[0]
+            grad, = torch.autograd.grad(value(), method.gates.log_alpha)
+            for i in range(6):
+                ends = []
+                for h in (1e-5, -1e-5):
+                    with torch.no_grad():
+                        method.gates.log_alpha.view(-1)[i] += h
+                        ends.append(value())
+                        method.gates.log_alpha.view(-1)[i] -= h
+                assert abs((ends[0] - ends[1]) / 2e-5 - grad.view(-1)[i]) < 1e-4, (per_document, sampled, i)
+
+
+def test_official_preset():
+    config = prulong.Config(preset="official")
+    assert (config.mask_lr, config.mask_init, config.per_document, config.sampled_sparsity, config.mask_weight_decay) == (1.0, 4.0, False, True, 0.1)
+    assert prulong.Config(preset="official", mask_lr=0.5).mask_lr == 0.5
+
+
+def test_one_token_documents_predict_nothing():
+    data = train.TextData({"a": (1.0, [np.zeros(1, int)] * 500 + [np.arange(1, 30)] * 8)}, None, 16, 1, 1, 0)
+    for i in range(data.packs[0][2]):
+        batch = train.collate(data.pack(0, i))
+        assert batch.cu_seqlens.diff().min() >= 2 and (batch.targets != -100).any()
+
+
+def test_weighted_targets_share_a_step_by_weight():
+    batches = [train.FactData(64, n).batch(np.random.default_rng(n)) for n in (1, 3)]
+    whole = Batch(*(torch.cat(x) for x in zip(*(b[:2] for b in batches))), torch.arange(5, dtype=torch.int32) * 64,
+                  torch.cat([b.weights for b in batches]))
+    model = Llama(eval_tasks.TINY).init_weights(0)
+    loss = lambda b: model.loss(b.tokens, b.targets, cu_seqlens=b.cu_seqlens, weights=b.weights)
+    with torch.no_grad():
+        close(sum(s * loss(b) for s, b in zip(train.target_shares(batches), batches)), loss(whole), 1e-5)
+
+
+DEFAULTS = dict(warmup=0.1, min_lr=0.1, weight_decay=0.1)
 ARGS = ["--method", "lm", "--data", "facts", "--seq_len", "64", "--batch", "2", "--save_every", "3", "--eval_seqs", "1"]
 
 
@@ -763,7 +858,7 @@ def test_killed_run_resumes_in_the_same_bits(tmp_path, method):
     assert other.returncode == 2 and "--lr was" in other.stderr
     again = script(code, *args, "--out_dir", "killed", "--resume", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    a, b = (train.read_checkpoint(tmp_path / d / "checkpoint.safetensors")[1] for d in ("whole", "killed"))
+    a, b = (train.read_tensor_file(tmp_path / d / "checkpoint.safetensors") for d in ("whole", "killed"))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     steps = [x["step"] for x in map(json.loads, log.read_text().splitlines()) if x["event"] == "step"]
     assert steps == list(range(12))
@@ -774,16 +869,70 @@ def test_killed_run_resumes_in_the_same_bits(tmp_path, method):
     assert all(torch.equal(p, a[f"model.{name}"]) for name, p in save.named_parameters())
 
 
+def test_text_end_to_end(tmp_path, monkeypatch, capsys):
+    """A byte-level model on real text: masks by PruLong and Duo, then weights under the learned masks. Files agree with the
+    report; what a run reads is never overwritten."""
+    monkeypatch.chdir(tmp_path)
+    save_model(Llama(dataclasses.replace(eval_tasks.TINY, vocab_size=258)).init_weights(0), "bytes")
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 300}) + "\n" for i in range(40)))
+    common = ["--model", "bytes", "--data", "text.jsonl", "--steps", "3", "--eval_seqs", "2", "--n_random", "2", "--sink", "2", "--window", "8",
+              "--target_sparsity", "0.5"]
+    def go(*args):
+        train.main([*args])
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+    for method, more in (("prulong", ["--seq_len", "64"]), ("duo", ["--seq_len", "700", "--needles", "2", "--words", "3"])):
+        outcome = go("--method", method, *common, *more)
+        mask = prulong.load_heads(f"out/{method}/heads.tsv")
+        assert mask.sum() == 6 and mask.int().tolist() == outcome["masks"][method]
+        assert torch.equal(mask, prulong.load_heads(f"out/{method}/scores.tsv", 0.5))
+        assert [row["full"] for row in outcome["rows"]] == [12, 6, 6] and outcome["score"] == "held-out loss"
+        assert not os.path.exists(f"out/{method}/model.safetensors")
+    sft = ["--method", "prulong", *common, "--seq_len", "64", "--train", "weights", "--lr", "1e-3", "--heads", "out/prulong/heads.tsv"]
+    outcome = go(*sft, "--out_dir", "out/sft", "--target_sparsity", "0.9")
+    learned = prulong.load_heads("out/prulong/heads.tsv")
+    assert outcome["masks"]["prulong"] == learned.int().tolist() and torch.equal(prulong.load_heads("out/sft/heads.tsv"), learned)
+    before, after = load_model("bytes"), load_model("out/sft")
+    assert all(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters()))
+    for out in ("bytes", "out/prulong", "out", "."):
+        with pytest.raises(ValueError, match="holds what the run reads"):
+            train.main([*sft, "--overwrite", "--out_dir", out])
+    with pytest.raises(ValueError, match="line 1"):
+        (tmp_path / "broken.tsv").write_text("x")
+        train.main([*sft, "--overwrite", "--out_dir", "out/sft", "--heads", "broken.tsv"])
+    assert load_model("out/sft") is not None and prulong.load_heads("out/sft/heads.tsv") is not None  # still there
+    with pytest.raises(ValueError, match="--needles 10 of --words 32 need --seq_len"):
+        train.main(["--method", "duo", *common, "--seq_len", "700", "--out_dir", "none"])
+    with pytest.raises(ValueError, match="--lr means nothing"):
+        train.main(["--method", "prulong", *common, "--seq_len", "64", "--lr", "1", "--out_dir", "none"])
+    assert not os.path.exists("none")
+
+
+def test_bfloat16_products():
+    """Under autocast the loss stays float32 and close; a frozen bfloat16 model still learns its gates in float32."""
+    model = Llama(eval_tasks.TINY).init_weights(0)
+    batch = train.FactData(64, 4).batch(np.random.default_rng(0))._replace(weights=None)
+    with torch.no_grad():
+        exact = model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(batch.tokens[:9]).dtype == torch.bfloat16
+            rough = model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens)
+    assert rough.dtype == torch.float32 and 0 < abs(rough - exact) < 0.02
+    method = prulong.PruLong(model.bfloat16(), prulong.Config(), 0)
+    method.loss(model, batch, 0, 10, np.random.default_rng(0))[0].backward()
+    assert method.gates.log_alpha.grad.dtype == torch.float32 and method.gates.log_alpha.grad.abs().sum() > 0
+    assert train.choose_dtype(train.Config(dtype="auto"), eval_tasks.TINY)[0] == "float32"
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    model, config = small(), train.Config(steps=6, save_every=2, lr=1e-3)
+    model, config = small(), train.Config(steps=6, save_every=2, lr=1e-3, **DEFAULTS)
     lm = train.LM(model, config, 0)
     lm.batch = lambda data, rng: train.collate([torch.arange(30)])
     plain = lm.loss
     lm.loss = lambda model, batch, step, *rest: (plain(model, batch, step, *rest)[0] * (math.nan if step == 3 else 1), {})
     with pytest.raises(train.Diverged, match="step 3; the last good checkpoint is step 2"):
-        train.fit(lm, model, None, config, str(tmp_path), {"method": "lm"}, contextlib.nullcontext)
+        train.fit(lm, model, None, config, str(tmp_path), {"method": "lm", "settings": {}, "dtype": "float32"}, contextlib.nullcontext)
     assert all(torch.isfinite(p).all() for p in model.parameters())
-    assert train.read_checkpoint(tmp_path / "checkpoint.safetensors")[0]["step"] == 2
+    assert train.read_checkpoint(tmp_path / "checkpoint.safetensors")["step"] == 2
 
 
 def test_bad_command_lines_end_in_one_line_and_exit_2(tmp_path, monkeypatch, capsys):
@@ -794,7 +943,7 @@ def test_bad_command_lines_end_in_one_line_and_exit_2(tmp_path, monkeypatch, cap
              (["--method", "prulong", "--target_sparsity", "1.5"], "--target_sparsity"), (["--method", "prulong", "--target_sparsity", "nan"], "--target_sparsity"),
              (["--window", "8"], "--window"), (["--method", "prulong", "--window", "500"], "--window 500"), (["--model", "nowhere"], "nowhere"),
              (["--data", "empty"], "empty"), (["--data", "nowhere"], "nowhere"), (["--resume", "--out_dir", "none"], "no checkpoint"),
-             (["--out_dir", "full"], "not empty"), (["--resume", "--overwrite"], "exclude"), (["--seq_len", "32"], "--seq_len"),
+             (["--out_dir", "full"], "not empty"), (["--resume", "--overwrite"], "exclude"), (["--device", "foo"], "foo"), (["--clip", "inf"], "--clip"), (["--seed", "99999999999"], "--seed"), (["--seq_len", "32"], "--seq_len"),
              (["--method", "prulong", "--data", "empty"], "--model"), (["--method", "prulong", "--train", "weights"], "--heads")]
     for args, words in cases:
         monkeypatch.setattr(sys, "argv", ["train.py", *args])
@@ -831,7 +980,7 @@ def test_prulong_beats_random_masks_on_a_trained_model(tmp_path):
     model = eval_tasks.tiny_model(0, str(tmp_path / "tiny"), log=lambda line: None)
     again = eval_tasks.tiny_model(0, str(tmp_path / "tiny"))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
-    config, data = train.Config(lr=0.0), train.FactData(128, 8)
+    config, data = train.Config(lr=0.0, **(DEFAULTS | {"min_lr": 0.01})), train.FactData(128, 8)
     method = prulong.PruLong(model, prulong.Config(), 0)
     train.fit(method, model, data, config, str(tmp_path), {"method": "prulong"}, contextlib.nullcontext)
     mask = prulong.discretise(method.scores(), 0.75)
@@ -938,8 +1087,8 @@ def test_chunked_budgets_at_the_edges():
     """Chunks shorter than the window, budget 0, remainder 1, window longer than the prompt: exactly the budget is kept."""
     model, tokens = small(), torch.randint(61, (33,), generator=torch.Generator().manual_seed(0))
     for policy in ("snapkv", "knorm", "random"):
-        for chunk in (1, 2, 3, 4, 5, 8, 16, 32, 33, 100):
-            for budget in (0, 1, 3, 4, 6, 40):
+        for chunk in (1, 4, 5, 16, 32, 33, 100):
+            for budget in (0, 1, 4, 6, 40):
                 for obs_window in (1, 4, 64):
                     for patch in {False, policy == "snapkv"}:
                         cache = evict.make_cache(model, policy, budget=budget, chunk=chunk, obs_window=obs_window, patch=patch)

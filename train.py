@@ -4,7 +4,8 @@
     python train.py --method prulong --model DIR --data SRC      # a real Llama (Hugging Face layout) and real text
     python train.py --method lm --model DIR --data code=0.6:DIR,web=0.4:FILE.jsonl
 
-A method is a class with param_groups, lr_scale, batch, loss and scores (see prulong.py); METHODS names them. Batch t is a pure
+A method is a class with param_groups, lr_scale, batch and loss, those that learn heads also with scores and mask (see LM here
+and PruLong in prulong.py); METHODS names them. Batch t is a pure
 function of (seed, t), and a checkpoint holds all there is to a run: after --resume it ends in the same bits.
 
 Source of the recipe (packing, label rule, blockwise loss, token averaging): ProLong, arXiv:2410.02660.
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 import prulong
 from eval_tasks import CURRICULUM, TINY, fact_stream, recall, tiny_model
-from model import (DTYPES, Batch, Llama, byte_tokenizer, flag, footprint, load_config, load_model, load_tokenizer, parse,
+from model import (DTYPES, Batch, Llama, byte_tokenizer, check_device, flag, footprint, load_config, load_model, load_tokenizer, parse,
                    replacing, run, save_model, warmup_cosine, write_tensors)
 
 
@@ -39,16 +40,16 @@ class Config:
     out_dir: str | None = flag(None, "where results go (default: out/METHOD)")
     steps: int = flag(100, "optimizer steps", low=1)
     seq_len: int | None = flag(None, "tokens per sequence (default: facts 128, text 1024)", low=8)
-    batch: int | None = flag(None, "sequences per micro-batch (default: facts 8, text 1)", low=1)
+    batch: int | None = flag(None, "sequences per micro-batch (default: facts 8, text 1)", low=1, high=10 ** 6)
     grad_accum: int = flag(1, "micro-batches per step; every target of a step weighs the same", low=1)
     lr: float | None = flag(None, "peak learning rate of the weights (default: 1e-5, without --model 4e-3)", low=0)
-    min_lr: float = flag(0.1, "end of the cosine, as a share of --lr", low=0, high=1)
-    warmup: float = flag(0.1, "share of the steps that warms up", low=0, high=1)
-    weight_decay: float = flag(0.1, "of matrices", low=0)
+    min_lr: float | None = flag(None, "end of the cosine, as a share of the peak (default: 0.1, masks alone 0.01)", low=0, high=1)
+    warmup: float | None = flag(None, "share of the steps that warms up (default: 0.1)", low=0, high=1)
+    weight_decay: float | None = flag(None, "of the weights' matrices (default: 0.1)", low=0)
     clip: float = flag(1.0, "largest gradient norm", low=0)
-    seed: int = flag(0, "of data, gates and fresh weights", low=0)
+    seed: int = flag(0, "of data, gates and fresh weights", low=0, high=2 ** 31)
     save_every: int = flag(50, "steps between checkpoints; the last step is always saved", low=1)
-    eval_seqs: int = flag(16, "held-out sequences of the final evaluation", low=1)
+    eval_seqs: int = flag(16, "held-out sequences of the final evaluation", low=1, high=10 ** 6)
     n_random: int = flag(8, "random masks of the same sparsity to compare with", low=1)
     baseline: bool | None = flag(None, "prulong: train DuoAttention too and compare (default: on the embedded stream)")
     device: str = flag("cpu", "torch device")
@@ -62,13 +63,13 @@ class LM:
     """Plain language modelling: all weights, mean loss over the targets."""
 
     def __init__(self, model, config: Config, seed: int):
-        self.config = config
+        pass
 
     def param_groups(self):
         return []
 
-    def lr_scale(self, step, steps):
-        return warmup_cosine(step, steps, self.config.warmup, self.config.min_lr)
+    def lr_scale(self, step, steps, warmup, min_lr):
+        return warmup_cosine(step, steps, warmup, min_lr)
 
     def batch(self, data, rng):
         return data.batch(rng)
@@ -114,9 +115,9 @@ class TextData:
         total = sum(weight for weight, _ in sources.values())
         self.shares, self.packs, self.held_out = [], [], []
         for i, (name, (weight, docs)) in enumerate(sources.items()):
-            docs = [docs[j] for j in np.random.default_rng([seed, i]).permutation(len(docs))]
+            docs = [docs[j] for j in np.random.default_rng([seed, i]).permutation(len(docs)) if len(docs[j]) > 1]
             held = math.ceil(n_held_out * weight / total)
-            tokens, bounds = np.concatenate(docs), np.cumsum([len(d) for d in docs])
+            tokens, bounds = np.concatenate(docs or [np.zeros(0, np.int32)]), np.cumsum([len(d) for d in docs])
             n_train = len(tokens) // seq_len - held  # the last packs are held out
             if n_train < 1:
                 raise ValueError(f"data {name} has {len(tokens)} tokens: too few for {held} held-out packs and one to train on "
@@ -126,11 +127,12 @@ class TextData:
             self.held_out += [collate(self.pack(i, n_train + j)) for j in range(held)]
 
     def pack(self, source, index):
-        """The documents, or parts of them, in pack `index` of a source: a list of token arrays."""
+        """The documents, or parts of them, in pack `index` of a source: token arrays of two tokens or more, for one alone
+        predicts nothing."""
         tokens, bounds, _ = self.packs[source]
         start, end = index * self.seq_len, (index + 1) * self.seq_len
         inside = bounds[np.searchsorted(bounds, start, "right"):np.searchsorted(bounds, end, "left")]
-        return np.split(tokens[start:end], inside - start)
+        return [part for part in np.split(tokens[start:end], inside - start) if len(part) > 1]
 
     def draw(self, rng):
         source = rng.choice(len(self.shares), p=self.shares)
@@ -140,11 +142,15 @@ class TextData:
         return collate([doc for _ in range(self.n_seq) for doc in self.draw(rng)])
 
     def passkeys(self, rng, needles, words):
-        """One passkey sample per sequence, of 50 lengths between a third of seq_len and seq_len (officially 1000 to 32000)."""
+        """One passkey sample per sequence, of 50 lengths between a third of seq_len (or what the passkeys need) and seq_len;
+        officially 1000 to 32000. Raises ValueError if they do not fit into seq_len."""
+        room = 2 * needles + prulong.passkeys_room(self.tokenizer, needles, words)
+        if room > self.seq_len:
+            raise ValueError(f"--needles {needles} of --words {words} need --seq_len {room} or more, got {self.seq_len}")
         samples = []
         for _ in range(self.n_seq):
-            length = int(rng.choice(np.linspace(self.seq_len / 3, self.seq_len, 50)))
-            haystack = np.concatenate(self.draw(rng))
+            length = int(rng.choice(np.linspace(max(room, self.seq_len / 3), self.seq_len, 50)))
+            haystack = np.concatenate([doc for _ in range(2) for doc in self.draw(rng)])
             samples.append(prulong.passkeys(self.tokenizer, haystack, length, rng, needles, words))
         return collate([tokens for tokens, _ in samples], [targets for _, targets in samples])
 
@@ -162,30 +168,43 @@ def read_documents(path, ending=""):
     """Texts under a path: of each line of a .jsonl file its "text", any other file as a whole; folders in sorted order,
     of theirs only files with that ending.
 
-    Raises ValueError for a line that is not a JSON object with "text", naming it. Files of a folder that are not UTF-8
-    are passed over, and that is said."""
+    Raises ValueError for a line that is not a JSON object with "text", naming it. What in a folder is not a file of UTF-8 text
+    is passed over, and that is said."""
+    if not os.path.isdir(path) and not os.path.isfile(path):
+        raise ValueError(f"{path}: neither a file nor a folder")
     if path.endswith(".jsonl") and not os.path.isdir(path):
         with open(path, encoding="utf-8") as f:
             for number, line in enumerate(f, 1):
                 try:
                     yield json.loads(line)["text"] + ""
-                except (ValueError, TypeError, KeyError):
+                except (ValueError, TypeError, KeyError, RecursionError):
                     raise ValueError(f'{path}, line {number}: want a JSON object with a string "text", got {line.strip()[:60]!r}') from None
         return
     if not os.path.isdir(path):
-        with open(path, encoding="utf-8") as f:
-            yield f.read()
+        with open(path, "rb") as f:
+            text = f.read()
+        try:
+            yield text.decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise NotText(f"{path}: not UTF-8 text (byte {e.start})") from None
         return
     passed_over = 0
     for folder, folders, files in os.walk(path):
         folders[:] = sorted(f for f in folders if f not in ("__pycache__", "site-packages", "test") and not f.startswith("."))
         for file in sorted(f for f in files if f.endswith(ending)):
             try:
-                yield from read_documents(os.path.join(folder, file))
-            except UnicodeDecodeError:
+                if os.path.isfile(os.path.join(folder, file)):
+                    yield from read_documents(os.path.join(folder, file))
+                else:
+                    passed_over += 1
+            except NotText:
                 passed_over += 1
     if passed_over:
-        print(f"{path}: passed over {passed_over} files that are not UTF-8 text", file=sys.stderr)
+        print(f"{path}: passed over {passed_over} entries that are no files of UTF-8 text", file=sys.stderr)
+
+
+class NotText(ValueError):
+    """A file that is not UTF-8."""
 
 
 def load_text(spec, tokenizer, seq_len, n_seq, n_held_out, seed):
@@ -197,10 +216,12 @@ def load_text(spec, tokenizer, seq_len, n_seq, n_held_out, seed):
             name, _, rest = part.partition("=")
             weight, _, path = rest.partition(":")
             try:
-                parts[name] = float(weight), path
-                assert parts[name][0] > 0 and path
-            except (ValueError, AssertionError):
-                raise ValueError(f"--data: want name=weight:PATH with a weight above 0, got {part!r}") from None
+                good = 0 < float(weight) < 1e9 and path and name not in parts
+            except ValueError:
+                good = False
+            if not good:
+                raise ValueError(f"--data: want name=weight:PATH with new names and weights above 0, got {part!r}")
+            parts[name] = float(weight), path
     sources = {}
     for name, (weight, path) in parts.items():
         folder, ending = (sysconfig.get_paths()["stdlib"], ".py") if path == "stdlib" else (path, "")
@@ -217,8 +238,9 @@ def load_text(spec, tokenizer, seq_len, n_seq, n_held_out, seed):
 
 # --- one run: loop, checkpoint, log -------------------------------------------------------------------------------------
 
+# what a run may leave in its out_dir, besides the tokenizer's files and shards of a large model
 OUTPUTS = ("log.jsonl", "checkpoint.safetensors", "heads.tsv", "scores.tsv", "config.json", "model.safetensors")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 
 class Diverged(RuntimeError):
@@ -232,24 +254,25 @@ class Log:
         self.path = path
 
     def write(self, event, **values):
-        line = json.dumps({"event": event, **values}, allow_nan=False) + "\n"
-        size = os.path.getsize(self.path) if os.path.exists(self.path) else 0
-        with open(self.path, "a", encoding="utf-8") as f:
+        line = (json.dumps({"event": event, **values}, allow_nan=False) + "\n").encode()
+        with open(self.path, "ab", buffering=0) as f:
+            size = os.fstat(f.fileno()).st_size
             try:
-                f.write(line)
-                f.flush()
+                if f.write(line) != len(line):
+                    raise OSError(f"no room for the next line of {self.path}")
             except OSError:
-                os.truncate(self.path, size)
+                f.truncate(size)
                 raise
 
     def forget(self, step):
-        """Drop the steps from `step` on: after --resume they come again."""
+        """Drop the steps from `step` on, which come again after --resume, and a line that a crash cut short."""
         if not os.path.exists(self.path):
             return
-        with open(self.path, encoding="utf-8") as f:
-            lines = [line for line in f if json.loads(line).get("step", -1) < step and json.loads(line)["event"] != "end"]
-        with replacing(self.path) as part, open(part, "w", encoding="utf-8") as f:
-            f.writelines(lines)
+        with open(self.path, "rb") as f:
+            whole = [line for line in f if line.endswith(b"\n")]
+        kept = [line for line in whole if json.loads(line).get("step", -1) < step and json.loads(line)["event"] != "end"]
+        with replacing(self.path) as part, open(part, "wb") as f:
+            f.writelines(kept)
 
 
 def learned(model, method):
@@ -267,31 +290,50 @@ def save_checkpoint(path, model, method, optimizer, about):
 
 
 def load_checkpoint(path, model, method, optimizer):
-    """Put a checkpoint's tensors back; returns its `about`. Raises ValueError if it is of another run."""
-    about, tensors = read_checkpoint(path)
+    """Put a checkpoint's tensors back; returns its `about`. Raises ValueError if it is not exactly what such a run saves."""
+    about, tensors = read_checkpoint(path), read_tensor_file(path)
     own = learned(model, method)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    want = {name: (p.shape, p.dtype) for name, p in own.items()}
+    for i, p in enumerate(trained):  # AdamW's state
+        want |= {f"optimizer.{i}.{key}": (p.shape, p.dtype) for key in ("exp_avg", "exp_avg_sq")}
+        want[f"optimizer.{i}.step"] = (torch.Size([]), torch.float32)
+    got = {name: (t.shape, t.dtype) for name, t in tensors.items()}
+    if odd := sorted(name for name in want.keys() | got.keys() if want.get(name) != got.get(name)):
+        raise ValueError(f"{path}: {odd[0]} is missing, unexpected or of another shape")
     with torch.no_grad():
         for name, p in own.items():
-            if name not in tensors or tensors[name].shape != p.shape:
-                raise ValueError(f"{path}: no tensor {name} of shape {tuple(p.shape)}")
             p.copy_(tensors[name])
-    state = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, i, key = name.split(".")
-            state.setdefault(int(i), {})[key] = value
+    state = {i: {key: tensors[f"optimizer.{i}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")} for i in range(len(trained))}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return about
 
 
 def read_checkpoint(path):
-    """The `about` and the tensors of a checkpoint."""
+    """The `about` of a checkpoint. Raises ValueError if the file is broken or none of ours."""
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, framework="pt") as f:
-            return json.loads(f.metadata()["about"]), {name: f.get_tensor(name) for name in f.keys()}
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as e:
+            about = json.loads(f.metadata()["about"])
+        if type(about["step"]) is int and about["step"] > 0 and isinstance(about["settings"], dict) and about["dtype"] in DTYPES \
+                and isinstance(about["cpu_seconds"], float):
+            return about
+        raise ValueError("its header is not ours")
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as e:
         raise ValueError(f"{path}: not a whole checkpoint ({e})") from None
+
+
+def read_tensor_file(path):
+    """All tensors of a safetensors file by name."""
+    from safetensors import safe_open
+    with safe_open(path, framework="pt") as f:
+        return {name: f.get_tensor(name) for name in f.keys()}
+
+
+def target_shares(batches):
+    """What each micro-batch's mean loss counts, so that every target of a step counts the same (or as its weight says)."""
+    sizes = [float(((b.targets != -100) * (1.0 if b.weights is None else b.weights)).sum()) for b in batches]
+    return [size / sum(sizes) for size in sizes]
 
 
 def fit(method, model, data, config, out_dir, about, autocast):
@@ -310,24 +352,24 @@ def fit(method, model, data, config, out_dir, about, autocast):
     if os.path.exists(checkpoint):
         saved = load_checkpoint(checkpoint, model, method, optimizer)
         done, seconds = saved["step"], saved["cpu_seconds"]
-        log.forget(done)
+    log.forget(done)
     start = time.process_time() - seconds
     bar = tqdm(range(done, config.steps), initial=done, total=config.steps, desc=about["method"], unit="step", disable=None)
     for step in bar:
         tick = time.perf_counter()
         for group, peak in zip(optimizer.param_groups, peaks):
-            group["lr"] = peak * method.lr_scale(step, config.steps)
+            group["lr"] = peak * method.lr_scale(step, config.steps, config.warmup, config.min_lr)
         rngs = [np.random.default_rng([config.seed, step, micro]) for micro in range(config.grad_accum)]
         batches = [method.batch(data, rng) for rng in rngs]
-        n_target = [int((b.targets != -100).sum()) for b in batches]
+        shares = target_shares(batches)
         total, shown = 0.0, {}
-        for batch, n, rng in zip(batches, n_target, rngs):
+        for batch, share, rng in zip(batches, shares, rngs):
             batch = Batch(*(x if x is None else x.to(config.device) for x in batch))
             with autocast():
                 loss, metrics = method.loss(model, batch, step, config.steps, rng)
-            (loss * (n / sum(n_target))).backward()  # each target of the step weighs the same
-            total += loss.item() * n / sum(n_target)
-            shown = {k: shown.get(k, 0.0) + v * n / sum(n_target) for k, v in metrics.items()}
+            (loss * share).backward()
+            total += loss.item() * share
+            shown = {k: shown.get(k, 0.0) + v * share for k, v in metrics.items()}
         norm = nn.utils.clip_grad_norm_(trained, config.clip or math.inf).item()
         if not math.isfinite(total) or not math.isfinite(norm):
             last = f"the last good checkpoint is step {done} in {checkpoint}" if done else "there is no checkpoint yet"
@@ -370,11 +412,12 @@ def score_masks(model, data, masks, sink, window, config, autocast):
             scores.append(recall(model, facts, prulong.split(mask, facts.batch.cu_seqlens, sink, window), facts.far(window, sink)))
         return "far recall", CURRICULUM[-1][0], scores
     for mask in tqdm(masks, desc="held-out loss", unit="mask", disable=None, leave=False):
-        losses = []
-        for b in data.held_out:
+        total = 0.0
+        for b, share in zip(data.held_out, target_shares(data.held_out)):
+            b = Batch(*(x if x is None else x.to(config.device) for x in b))
             with autocast():
-                losses.append(model.loss(b.tokens, b.targets, prulong.split(mask, b.cu_seqlens, sink, window)).item())
-        scores.append(sum(losses) / len(losses))
+                total += share * model.loss(b.tokens, b.targets, prulong.split(mask, b.cu_seqlens, sink, window)).item()
+        scores.append(total)
     return "held-out loss", data.seq_len, scores
 
 
@@ -385,8 +428,9 @@ def random_masks(shape, sparsity, n, seed):
 
 def report_heads(results, model, data, settings, config, autocast):
     """Table and JSON of learned masks beside the full cache and random masks. results: name -> (method, CPU seconds)."""
-    sparsity, sink, window = settings.target_sparsity, settings.sink, settings.window
-    masks = {name: prulong.discretise(method.scores().cpu(), sparsity) for name, (method, _) in results.items()}
+    sink, window = settings.sink, settings.window
+    masks = {name: method.mask().cpu() for name, (method, _) in results.items()}
+    sparsity = 1 - next(iter(masks.values())).double().mean().item()
     shape = next(iter(masks.values())).shape
     drawn = random_masks(shape, sparsity, config.n_random, config.seed)
     full = torch.ones(shape, dtype=torch.bool)
@@ -395,15 +439,16 @@ def report_heads(results, model, data, settings, config, autocast):
     rows += [(name, mask, score, results[name][1]) for (name, mask), score in zip(masks.items(), scores[1:])]
     others = scores[1 + len(masks):]
     rows.append((f"random, mean of {len(others)}", drawn[0], sum(others) / len(others), 0.0))
+    held = {mask: streaming_footprint(mask, n, sink, window) for _, mask, _, _ in rows}  # by identity
     for name, mask in masks.items():
         print(f"\n{name}: {int(mask.sum())} of {mask.numel()} KV heads keep the full cache (#)\n{head_map(mask)}")
     print(f"\n| heads | full of {full.numel()} | {score_name} | KV footprint at {n} tokens | CPU seconds |\n|---|---|---|---|---|")
     for name, mask, score, seconds in rows:
-        print(f"| {name} | {int(mask.sum())} | {score:.3f} | {streaming_footprint(mask, n, sink, window):.3f} | {seconds:.1f} |")
+        print(f"| {name} | {int(mask.sum())} | {score:.3f} | {held[mask]:.3f} | {seconds:.1f} |")
     print(f"\nrandom masks range from {min(others):.3f} to {max(others):.3f}; sink {sink}, window {window}\n")
     return {"score": score_name, "tokens": n, "sink": sink, "window": window, "random": others,
             "rows": [{"heads": name, "full": int(mask.sum()), "score": score, "cpu_seconds": round(seconds, 2),
-                      "footprint": streaming_footprint(mask, n, sink, window)} for name, mask, score, seconds in rows],
+                      "footprint": held[mask]} for name, mask, score, seconds in rows],
             "masks": {name: mask.int().tolist() for name, mask in masks.items()}}
 
 
@@ -417,22 +462,32 @@ def report_lm(before, model, data, config, seconds, autocast):
 # --- command line -------------------------------------------------------------------------------------------------------
 
 def check_out_dir(out_dir, config, settings):
-    """Check out_dir against the flags; returns the saved `about` with --resume. Raises ValueError if it is not what the flags expect."""
-    checkpoint = os.path.join(out_dir, "checkpoint.safetensors")
+    """Check out_dir against the flags; returns the saved `about` with --resume, None for a run that starts at step 0.
+
+    Raises ValueError if it is not what the flags expect, or a folder that the run reads from."""
+    heads = getattr(settings, "heads", None)
+    read = [config.model, heads and os.path.dirname(heads), *([] if config.data in ("facts", "stdlib") else
+            [part.rpartition(":")[2] for part in config.data.split(",")])]
+    for path in read:
+        if path is not None and os.path.realpath(path or ".").startswith(os.path.realpath(out_dir)) and \
+                os.path.realpath(path or ".")[len(os.path.realpath(out_dir)):][:1] in ("", "/"):
+            raise ValueError(f"--out_dir {out_dir} holds what the run reads ({path}): name another")
+    checkpoint, log = os.path.join(out_dir, "checkpoint.safetensors"), os.path.join(out_dir, "log.jsonl")
     if config.resume and config.overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
-    if config.resume:
-        if not os.path.exists(checkpoint):
+    if not config.resume:
+        if not config.overwrite and os.path.isdir(out_dir) and os.listdir(out_dir):
+            raise ValueError(f"--out_dir {out_dir} is not empty: add --resume or --overwrite, or name another")
+        return None
+    if not os.path.exists(checkpoint):
+        if not os.path.exists(log):
             raise ValueError(f"--resume: no checkpoint in {out_dir}")
-        about = read_checkpoint(checkpoint)[0]
-        mine = run_settings(config, settings)
-        for name, value in mine.items():
-            if about["settings"].get(name) != value:
-                raise ValueError(f"--resume: --{name} was {about['settings'].get(name)}, now {value}")
-        return about
-    if not config.overwrite and os.path.isdir(out_dir) and os.listdir(out_dir):
-        raise ValueError(f"--out_dir {out_dir} is not empty: add --resume or --overwrite, or name another")
-    return None
+        return None  # stopped before the first checkpoint
+    about = read_checkpoint(checkpoint)
+    for name, value in run_settings(config, settings).items():
+        if about["settings"].get(name) != value:
+            raise ValueError(f"--resume: --{name} was {about['settings'].get(name)}, now {value}")
+    return about
 
 
 def empty(out_dir):
@@ -445,7 +500,7 @@ def empty(out_dir):
 
 def run_settings(config, settings):
     """The flags that a run's numbers depend on."""
-    free = {"out_dir", "resume", "overwrite", "save_every", "eval_seqs", "n_random", "baseline"}
+    free = {"out_dir", "resume", "overwrite", "save_every", "n_random", "baseline"}
     values = dataclasses.asdict(config) | (dataclasses.asdict(settings) if settings else {})
     return {name: value for name, value in values.items() if name not in free}
 
@@ -495,11 +550,17 @@ def build(config, settings, dtype):
     return model.to(config.device), data
 
 
-def fill_defaults(config):
+def fill_defaults(config, settings):
     """Defaults that depend on other flags."""
     facts = (config.data or ("stdlib" if config.model else "facts")) == "facts"
+    masks_only = config.method == "duo" or getattr(settings, "train", "") == "masks"
+    unused = ("lr", "weight_decay", *(("warmup", "min_lr") if config.method == "duo" else ())) if masks_only else ()
+    for name in unused:
+        if getattr(config, name) is not None:
+            raise ValueError(f"--{name} means nothing where only masks learn (see --mask_lr)")
     defaults = dict(data="stdlib" if config.model else "facts", out_dir=os.path.join("out", config.method),
-                    seq_len=128 if facts else 1024, batch=8 if facts else 1, lr=1e-5 if config.model else 4e-3, baseline=facts)
+                    seq_len=128 if facts else 1024, batch=8 if facts else 1, lr=1e-5 if config.model else 4e-3, baseline=facts,
+                    weight_decay=0.1, warmup=0.1, min_lr=0.01 if masks_only else 0.1)
     config = dataclasses.replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
     if config.checkpointing is None:
         config = dataclasses.replace(config, checkpointing=config.seq_len * config.batch >= 8192)
@@ -514,7 +575,9 @@ def main(argv=None):
     build_method, method_config = METHODS.get(named[-1] if named else "lm", METHODS["lm"])
     parsed = parse([Config, method_config] if method_config else [Config], argv, __doc__.split("\n")[0] +
                    " More flags come with --method prulong and duo.")
-    config, settings = fill_defaults(parsed[0]), parsed[1] if method_config else None
+    settings = parsed[1] if method_config else None
+    config = fill_defaults(parsed[0], settings)
+    check_device(config.device)
     if settings and settings.window + settings.sink >= config.seq_len:
         raise ValueError(f"--sink {settings.sink} and --window {settings.window} show a streaming head all of --seq_len {config.seq_len}")
     llama = load_config(config.model) if config.model else TINY
@@ -527,6 +590,8 @@ def main(argv=None):
     print(f"{config.method}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {config.steps} steps of "
           f"{config.grad_accum * config.batch} x {config.seq_len} tokens of {config.data}; {dtype} ({reason}), {config.device}", flush=True)
     about = {"method": config.method, "settings": run_settings(config, settings), "dtype": dtype}
+    method = build_method(model, settings or config, config.seed)
+    method.batch(data, np.random.default_rng(config.seed))  # what cannot be is found out before anything is written
     os.makedirs(config.out_dir, exist_ok=True)
     log = Log(os.path.join(config.out_dir, "log.jsonl"))
     if not config.resume:
@@ -535,7 +600,6 @@ def main(argv=None):
 
     if config.method == "lm":
         before = score_masks(model, data, [torch.ones(llama.n_layer, llama.n_kv_head, dtype=torch.bool)], 0, 1, config, autocast)[2][0]
-    method = build_method(model, settings or config, config.seed)
     results = {config.method: (method, fit(method, model, data, config, config.out_dir, about, autocast))}
     trained_weights = any(p.requires_grad for p in model.parameters())
     if trained_weights:
@@ -546,7 +610,7 @@ def main(argv=None):
     if config.method == "lm":
         outcome = report_lm(before, model, data, config, results["lm"][1], autocast)
     else:
-        prulong.save_heads(os.path.join(config.out_dir, "heads.tsv"), prulong.discretise(method.scores().cpu(), settings.target_sparsity))
+        prulong.save_heads(os.path.join(config.out_dir, "heads.tsv"), method.mask())
         prulong.save_heads(os.path.join(config.out_dir, "scores.tsv"), method.scores())
         if config.method == "prulong" and config.baseline and not trained_weights:
             duo_settings = prulong.DuoConfig(settings.target_sparsity, settings.sink, settings.window)
