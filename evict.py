@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attention_triton import attention
-from model import KVCache, Llama, LlamaConfig, flag, generate, rope_frequencies, rotate
+from model import KVCache, Llama, LlamaConfig, flag, generate, rope, rotate
 
 # --- which entries a rule prefers -------------------------------------------------------------------------------------
 # Each takes what the cache knows of some KV heads of one layer and returns scores (heads, n), higher = keep:
@@ -335,8 +335,8 @@ class EvictingCache(KVCache):
 
 def unrotate(x, config, start):
     """x (T, n_kv_head, G, D) at positions start, start + 1, ... before RoPE was applied."""
-    angles = torch.arange(start, start + len(x), device=x.device)[:, None].float() * rope_frequencies(config, x.device).repeat(2)
-    return rotate(x, angles.cos().to(x.dtype)[:, None, None], -angles.sin().to(x.dtype)[:, None, None])
+    cos, sin = rope(config, torch.arange(start, start + len(x), device=x.device), x.dtype)
+    return rotate(x, cos[:, None], -sin[:, None])
 
 
 class LocretScorer(nn.Module):

@@ -134,10 +134,26 @@ def rope_frequencies(config, device=None):
     return keep * freq + (1 - keep) * freq / s["factor"]
 
 
+def rope(config, positions, dtype):
+    """cos, sin (N, 1, D) of positions (N,), for `rotate`; the sign of rotate's swapped half is already in sin."""
+    angles = positions[:, None, None].float() * rope_frequencies(config, positions.device)  # (N, 1, D / 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
 def rotate(x, cos, sin):
-    """RoPE as the hub lays heads out: the halves of head_dim hold the pairs. x (N, n_heads, D); cos, sin (N, 1, D)."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    """RoPE as the hub lays heads out: a pair is (x[i], x[i + D/2]). x (N, ..., D)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+class Linear(nn.Linear):
+    """y = x W^T. One row, as in decoding, takes the matrix-vector kernel: 0.75x the time of the product on a CPU in bfloat16."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out, bias=False)
+
+    def forward(self, x):
+        return torch.mv(self.weight, x[0])[None] if len(x) == 1 else F.linear(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -148,30 +164,32 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * (wide * (wide.pow(2).mean(-1, keepdim=True) + self.eps).rsqrt()).to(x.dtype)
+        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]  # one pass over x
+        return self.weight * (wide * (mean_square + self.eps).rsqrt()).to(x.dtype)
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=False)
+        self.q_proj = Linear(config.n_embd, config.n_head * config.head_dim)
+        self.k_proj = Linear(config.n_embd, config.n_kv_head * config.head_dim)
+        self.v_proj = Linear(config.n_embd, config.n_kv_head * config.head_dim)
+        self.o_proj = Linear(config.n_head * config.head_dim, config.n_embd)
 
     def forward(self, x, layer, attend, cos, sin):
         q, k, v = (p(x).unflatten(1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        out = attend(layer, rotate(q, cos.to(q.dtype), sin.to(q.dtype)), rotate(k, cos.to(k.dtype), sin.to(k.dtype)), v)
+        cos, sin = cos.to(q.dtype), sin.to(q.dtype)  # autocast makes q narrower than x
+        out = attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v)
         return self.o_proj(out.flatten(1))  # (N, n_head, D) -> (N, n_embd)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = nn.Linear(config.n_embd, config.n_ff, bias=False)
-        self.up_proj = nn.Linear(config.n_embd, config.n_ff, bias=False)
-        self.down_proj = nn.Linear(config.n_ff, config.n_embd, bias=False)
+        self.gate_proj = Linear(config.n_embd, config.n_ff)
+        self.up_proj = Linear(config.n_embd, config.n_ff)
+        self.down_proj = Linear(config.n_ff, config.n_embd)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -206,7 +224,7 @@ class Llama(nn.Module):
         self.config = config
         self.checkpointing = False
         self.model = Trunk(config)
-        self.lm_head = None if config.tie_embeddings else nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_embeddings else Linear(config.n_embd, config.vocab_size)
 
     def init_weights(self, seed: int):
         """Fresh weights: every matrix N(0, 1 / fan_in), embeddings N(0, 1 / n_embd), norms 1."""
@@ -226,9 +244,8 @@ class Llama(nn.Module):
         check_tokens(tokens, self.config.vocab_size)
         attend = attend or causal([0, tokens.numel()])
         positions = torch.arange(tokens.numel(), device=tokens.device) if positions is None else positions
-        angles = positions[:, None].float() * rope_frequencies(self.config, tokens.device).repeat(2)  # (N, D)
-        cos, sin = angles.cos()[:, None], angles.sin()[:, None]  # (N, 1, D)
         x = self.model.embed_tokens(tokens)  # (N, n_embd)
+        cos, sin = rope(self.config, positions.to(tokens.device), x.dtype)  # (N, 1, D)
         for layer, block in enumerate(self.model.layers):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, layer, attend, cos, sin, use_reentrant=False)
@@ -470,7 +487,7 @@ def stream(model, tokens, cache=None, chunk=None, temperature=0.0, top_p=1.0, ge
     cache = KVCache(model) if cache is None else cache
     hidden = cache.prefill(model, tokens, chunk)
     while True:
-        logits = F.linear(hidden, model.head).float()  # (V,)
+        logits = torch.mv(model.head, hidden).float()  # (V,)
         yield (token := pick(logits, temperature, top_p, generator))
         part = torch.tensor([token], device=tokens.device)
         hidden = model.hidden(part, cache.attend, cache.next_positions(1).to(part.device))[-1]
