@@ -12,8 +12,12 @@ PyramidKV 2406.02069, H2O 2306.14048, TOVA 2401.06104, key norms 2406.11430, Duo
     generate(model, tokens, 100, cache=cache)
 
     python evict.py                       # what each policy holds of a 2048-token prompt
+    python evict.py --model DIR --policy snapkv --keep 0.25 --length 8192 --chunk 512       # one policy, with peak memory
 """
+import json
 import math
+import resource
+import sys
 import time
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attention_triton import attention
-from model import KVCache, Llama, LlamaConfig, flag, generate, rope, rotate
+from model import DTYPES, KVCache, Llama, LlamaConfig, flag, generate, load_model, parse, rope, rotate, run
 
 # --- which entries a rule prefers -------------------------------------------------------------------------------------
 # Each takes what the cache knows of some KV heads of one layer and returns scores (heads, n), higher = keep:
@@ -396,25 +400,54 @@ def train_locret(model, samples, hidden=1024, lr=5e-4, seed=0):
 
 # --- demo ---------------------------------------------------------------------------------------------------------------
 
-def main():
+@dataclass
+class Config:
+    model: str | None = flag(None, "folder of a Llama to run one --policy on; without it a table of all policies on a random one")
+    length: int = flag(2048, "prompt of random tokens", low=1, high=10 ** 7)
+    new: int = flag(16, "tokens to generate", low=1, high=10 ** 6)
+    dtype: str = flag("bfloat16", "of weights and cache", choices=tuple(DTYPES))
+
+
+def measure(model, tokens, new, cache) -> dict:
+    """Generate, and say what was held and for how long it took."""
+    start = time.perf_counter()
+    generate(model, tokens, new, cache=cache)
+    entries = sum(slab.n * len(slab.heads) for slabs in cache.slabs for slab in slabs)
+    return {"entries_per_head": round(entries / cache.held.numel(), 1), "kv_bytes": cache.nbytes(),
+            "footprint": round(float(cache.footprint()), 4), "peak": round(float(cache.peak()), 4),
+            "seconds": round(time.perf_counter() - start, 2)}
+
+
+def compare_policies(length, new):
+    """A Markdown table of all policies on a small random Llama."""
     config = LlamaConfig(vocab_size=256, n_layer=4, n_head=8, n_kv_head=4, n_embd=128, n_ff=256, head_dim=16)
     model = Llama(config).init_weights(0)
-    tokens = torch.randint(256, (2048,), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(256, (length,), generator=torch.Generator().manual_seed(0))
     heads = torch.rand(4, 4, generator=torch.Generator().manual_seed(1)) < 0.25
     scorer, _ = train_locret(model, [(tokens[:256], 16)] * 5, hidden=64)
     rows = [("full", {}), ("streaming", dict(sink=4, window=253)), ("heads", dict(heads=heads, sink=4, window=253))]
     rows += [(policy, dict(keep=0.125)) for policy in CHUNK_RULES] + [("snapkv", dict(keep=0.125, patch=True))]
     rows += [(policy, dict(budget=256)) for policy in ("h2o", "tova")] + [("locret", dict(budget=256, scorer=scorer))]
-    print("A random Llama reads 2048 tokens in chunks of 256 and writes 16: what each policy holds\n")
+    print(f"A random Llama reads {length} tokens in chunks of 256 and writes {new}: what each policy holds\n")
     print("| policy | settings | entries per head and layer | bytes | KV footprint | peak | seconds |\n|---|---|---|---|---|---|---|")
     for policy, settings in rows:
-        start, cache = time.perf_counter(), make_cache(model, policy, chunk=256, **settings)
-        generate(model, tokens, 16, cache=cache)
-        entries = sum(slab.n * len(slab.heads) for slabs in cache.slabs for slab in slabs) / config.n_layer / config.n_kv_head
         shown = ", ".join(f"{k} {v}" for k, v in settings.items() if k not in ("heads", "scorer"))
-        print(f"| {policy} | {shown} | {entries:.1f} | {cache.nbytes():,} | {float(cache.footprint()):.3f} | "
-              f"{float(cache.peak()):.3f} | {time.perf_counter() - start:.2f} |")
+        values = measure(model, tokens, new, make_cache(model, policy, chunk=256, obs_window=16, **settings))
+        print(f"| {policy} | {shown} | " + " | ".join(f"{v:,}" for v in values.values()) + " |")
+
+
+def main():
+    config, settings = parse([Config, Eviction], description="What eviction policies hold of a prompt.")
+    if config.model is None:
+        return compare_policies(config.length, config.new)
+    if settings.policy in ("heads", "locret"):
+        raise ValueError(f"policy {settings.policy} needs a mask or a scorer: use footprint.py")
+    model = load_model(config.model, dtype=DTYPES[config.dtype])
+    tokens = torch.randint(min(model.config.vocab_size, 30000), (config.length,), generator=torch.Generator().manual_seed(0))
+    values = measure(model, tokens, config.new, EvictingCache(model, settings))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(json.dumps({"policy": settings.policy, "length": config.length, **values, "peak_resident_bytes": peak}))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from eval_tasks import TASKS, build, fact_stream, score, tiny_model
 from evict import POLICIES, Eviction, make_cache, train_locret
-from model import DTYPES, flag, generate, load_model, load_tokenizer, parse, run
+from model import DTYPES, check_device, flag, generate, load_model, load_tokenizer, parse, run
 from prulong import load_heads
 
 # --- closed forms -----------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ class Config:
     model: str | None = flag(None, "folder of a Llama; by default the tiny model of the fact stream")
     tasks: str = flag("facts", "tasks, comma-separated")
     lengths: str = flag("512", "prompt lengths, comma-separated [tokens]")
-    n: int = flag(64, "examples per task and length", low=1)
+    n: int = flag(40, "examples per task and length", low=1, high=10 ** 6)
     curves: str = flag(",".join(CURVES), "methods to sweep, comma-separated")
     shares: str = flag(",".join(map(str, SHARES)), "shares of the prompt (or of a chunk) to keep, comma-separated")
     chunk: int = flag(64, "prefill chunk [tokens]", low=1)
@@ -162,7 +162,7 @@ class Config:
     heads: str | None = flag(None, "mask files (TSV) for `heads`, comma-separated; by default learned on the tiny model")
     threshold: float = flag(0.9, "share of the full score that counts as kept", low=0, high=1)
     out_dir: str = flag("out/footprint", "where results.jsonl and footprint.svg go")
-    seed: int = flag(0, "of examples, tiny model and random policy", low=0)
+    seed: int = flag(0, "of examples, tiny model and random policy", low=0, high=2 ** 31)
     device: str = flag("cpu", "torch device")
     dtype: str = flag("float32", "of weights and cache", choices=tuple(DTYPES))
     resume: bool = flag(False, "keep the finished points in --out_dir and run the rest")
@@ -314,6 +314,7 @@ def main():
         if unknown := [x for x in given if x not in known]:
             raise ValueError(f"--{name}: unknown {unknown[0]!r}: one of {', '.join(known)}")
     numbers(config.shares, float, "shares", 0, 1)
+    check_device(config.device)
     path = os.path.join(config.out_dir, "results.jsonl")
     if os.path.exists(path) and not (config.resume or config.overwrite):
         raise ValueError(f"{path} is there already: add --resume or --overwrite, or name another --out_dir")
