@@ -21,11 +21,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from eval_tasks import TASKS, build, fact_stream, score, tiny_model
-from evict import POLICIES, Eviction, make_cache, train_locret
+from evict import make_cache, train_locret
 from model import DTYPES, check_device, flag, generate, load_model, load_tokenizer, parse, run
 from prulong import load_heads
 

@@ -12,9 +12,7 @@ arXiv:2410.10819.
     python train.py --method prulong --model DIR --data SRC         # learn on a real Llama and real text
     python prulong.py                                               # the gates and the Lagrangian alone, on a toy
 """
-import dataclasses
 import math
-import os
 from dataclasses import dataclass
 
 import numpy as np
