@@ -19,7 +19,7 @@ import math
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 
 import torch
@@ -148,8 +148,6 @@ class Eviction:
     def __post_init__(self):
         put = lambda name, value: object.__setattr__(self, name, value) if getattr(self, name) is None else None
         by_position = self.policy in ("streaming", "heads")
-        if self.policy not in POLICIES:
-            raise ValueError(f"unknown policy {self.policy!r}: one of {', '.join(POLICIES)}")
         if self.policy in ("full", "heads") and (self.budget, self.keep) != (None, None):
             raise ValueError(f"policy {self.policy} takes neither budget nor keep")
         if self.policy in CHUNK_RULES + TOTAL_RULES and (self.budget is None) == (self.keep is None):
@@ -162,15 +160,14 @@ class Eviction:
         if self.policy == "streaming" and self.budget is not None:  # entries held after a step: sink + window - 1
             put("window", self.budget - self.sink + 1)
         put("window", 1024)
-        for name, low in (("budget", 0), ("chunk", 1), ("sink", 0), ("window", 1), ("obs_window", 1), ("recent", 0),
-                          ("kernel", 1), ("decode_every", 1), ("decode_budget", 0)):
-            if getattr(self, name) is not None and getattr(self, name) < low:
-                raise ValueError(f"{name} must be >= {low}, got {getattr(self, name)}")
-        for name, known in (("patch_pos", ("chunk", "true")), ("pool", ("avg", "max")), ("reduce", ("mean", "max")), ("norm", ("chunk", "all"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {known}, got {getattr(self, name)!r}")
-        if self.keep is not None and not 0 <= self.keep <= 1 or self.kernel % 2 == 0:
-            raise ValueError(f"want keep in 0..1 and an odd kernel, got {self.keep} and {self.kernel}")
+        for f in fields(self):  # the same bounds as on the command line
+            value, low, high, choices = getattr(self, f.name), f.metadata["low"], f.metadata["high"], f.metadata["choices"]
+            if choices and value not in choices:
+                raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
+            if value is not None and low is not None and not low <= value <= (math.inf if high is None else high):
+                raise ValueError(f"{f.name} must be >= {low}{'' if high is None else f' and <= {high}'}, got {value}")
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd, got {self.kernel}")
         if self.patch and self.policy not in ATTENTION_RULES:
             raise ValueError(f"policy {self.policy} does not look at queries: patch means nothing to it")
         if self.policy in ("h2o", "tova"):

@@ -38,11 +38,12 @@ def tri(x):
     return x * (x + 1) // 2
 
 
-def check(n, m, chunk=1, *more):
-    for name, value, low in (("n", n, 0), ("m", m, 0), ("chunk", chunk, 1), *(("argument", x, 0) for x in more)):
-        if value < low or value != int(value):
-            raise ValueError(f"{name} must be a whole number >= {low}, got {value}")
-    if n + m == 0:
+def check(**counts):
+    """Refuse counts that cannot be, by name; chunk is at least 1, the others at least 0."""
+    for name, value in counts.items():
+        if value < (name == "chunk") or value != int(value):
+            raise ValueError(f"{name} must be a whole number >= {int(name == 'chunk')}, got {value}")
+    if counts["n"] + counts["m"] == 0:
         raise ValueError("no tokens: n + m is 0")
 
 
@@ -52,13 +53,13 @@ def share(cells, peak, n):
 
 def full(n, m):
     """Full attention, however it is chunked."""
-    check(n, m)
+    check(n=n, m=m)
     return Fraction(1), Fraction(1)
 
 
 def postfill(n, m, budget):
     """The whole prompt is read, then cut down to `budget`; decoding adds to that."""
-    check(n, m, 1, budget)
+    check(n=n, m=m, budget=budget)
     budget = min(budget, n)
     return share(tri(n) + m * budget + tri(m), max(n, budget + m), n + m)
 
@@ -67,7 +68,7 @@ def chunked(n, m, chunk, budget, extra=0):
     """Each chunk is cut down to `budget` entries, which are never judged again; decoding adds to them.
 
     extra [tokens] on top per chunk: 64 gives the x axis of the paper's plots, which count the window of each chunk besides."""
-    check(n, m, chunk, budget, extra)
+    check(n=n, m=m, chunk=chunk, budget=budget, extra=extra)
     q, r = divmod(n, chunk)
     kept, rest = min(budget + extra, chunk), min(budget + extra, r)
     cells = q * tri(chunk) + tri(r) + kept * (chunk * q * (q - 1) // 2 + q * r) + (q * kept + rest) * m + tri(m)
@@ -87,7 +88,7 @@ def heads(n, m, chunk, sink, window, sparsity):
 
 
 def mixed(n, m, chunk, sink, window, sparsity):
-    check(n, m, chunk, sink, window)
+    check(n=n, m=m, chunk=chunk, sink=sink, window=window)
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity must be in 0..1, got {sparsity}")
     kept, total = sink + window, n + m
@@ -104,7 +105,7 @@ def mixed(n, m, chunk, sink, window, sparsity):
 
 def rolling(n, m, chunk, budget, decode_evicts=True):
     """At most `budget` entries after every step, chosen anew (H2O, TOVA; without decode_evicts Locret)."""
-    check(n, m, chunk, budget)
+    check(n=n, m=m, chunk=chunk, budget=budget)
     q, r = divmod(n, chunk)
     steps, held = [chunk] * q + [r] * (r > 0), 0
     cells = peak = 0
@@ -187,9 +188,11 @@ def learned_masks(config):
         out = os.path.join(config.out_dir, f"heads-{sparsity:g}")
         if not os.path.exists(os.path.join(out, "heads.tsv")):
             script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
-            subprocess.run([sys.executable, script, "--method", "prulong", "--no-baseline", "--seed", str(config.seed), "--target_sparsity",
-                            str(sparsity), "--sink", str(config.sink), "--window", str(config.window), "--out_dir", out, "--overwrite"],
-                           check=True, stdout=subprocess.DEVNULL)
+            command = [sys.executable, script, "--method", "prulong", "--no-baseline", "--overwrite", "--seed", str(config.seed), "--out_dir", out,
+                       "--target_sparsity", str(sparsity), "--sink", str(config.sink), "--window", str(config.window)]
+            learned = subprocess.run(command, stdout=subprocess.DEVNULL)
+            if learned.returncode:  # train.py has said why
+                raise ValueError(f"learning the masks for sparsity {sparsity:g} failed")
         paths.append(os.path.join(out, "heads.tsv"))
     masks = [load_heads(path) for path in paths]
     return [(round(mask.float().mean().item(), 4), mask) for mask in masks]

@@ -1259,7 +1259,7 @@ def test_eviction_refuses_what_means_nothing():
                             (dict(policy="full", budget=3), "neither"), (dict(policy="streaming", keep=0.5), "not keep"),
                             (dict(policy="streaming", budget=3, sink=8), "window must be >= 1"), (dict(policy="knorm", budget=3, patch=True), "patch"),
                             (dict(policy="heads"), "mask"), (dict(policy="heads", heads=torch.ones(2, 2)), "mask"),
-                            (dict(policy="locret", budget=3), "scorer"), (dict(policy="snapkv", keep=1.5), "0..1"),
+                            (dict(policy="locret", budget=3), "scorer"), (dict(policy="snapkv", keep=1.5), "keep must be"), (dict(policy="snapkv", keep=math.nan), "keep must be"),
                             (dict(policy="snapkv", keep=0.5, decode_every=2), "decode_budget"), (dict(policy="snapkv", budget=3, kernel=4), "odd"),
                             (dict(policy="snapkv", budget=3, pool="mid"), "pool"), (dict(policy="full", chunk=0), "chunk")):
         with pytest.raises(ValueError, match=words):
@@ -1320,6 +1320,8 @@ def test_footprint_worked_examples():
     for bad in (lambda: footprint.full(0, 0), lambda: footprint.full(-1, 4), lambda: footprint.chunked(4, 4, 0, 1), lambda: footprint.heads(4, 4, 1, 1, 1, 1.5)):
         with pytest.raises(ValueError):
             bad()
+    with pytest.raises(ValueError, match="budget must be"):
+        footprint.postfill(4, 4, -1)
     config = LlamaConfig(vocab_size=9, n_layer=32, n_head=32, n_kv_head=8, n_embd=4096, n_ff=9, head_dim=128)
     assert footprint.bytes_per_token(config, 2) == 131072
 

@@ -468,10 +468,10 @@ def check_out_dir(out_dir, config, settings):
     heads = getattr(settings, "heads", None)
     read = [config.model, heads and os.path.dirname(heads), *([] if config.data in ("facts", "stdlib") else
             [part.rpartition(":")[2] for part in config.data.split(",")])]
+    own = os.path.realpath(out_dir)
     for path in read:
-        if path is not None and os.path.realpath(path or ".").startswith(os.path.realpath(out_dir)) and \
-                os.path.realpath(path or ".")[len(os.path.realpath(out_dir)):][:1] in ("", "/"):
-            raise ValueError(f"--out_dir {out_dir} holds what the run reads ({path}): name another")
+        if path is not None and os.path.commonpath([own, os.path.realpath(path)]) == own:
+            raise ValueError(f"--out_dir {out_dir} holds what the run reads ({path or '.'}): name another")
     checkpoint, log = os.path.join(out_dir, "checkpoint.safetensors"), os.path.join(out_dir, "log.jsonl")
     if config.resume and config.overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
