@@ -53,6 +53,15 @@ def attention(q, k, v, cu_q, cu_k, *, causal=True, window=None, sink=0, scale=No
     return (out, torch.cat(lse)) if return_lse else out
 
 
+def decode(q, k, v):
+    """One query per head over all entries of its KV head, in a cache's layout: q (H, D), k, v (H_kv, n, D) -> (H, D).
+
+    What `attention` computes for one row, without a gradient and without its preparations, which would take longer than
+    the work itself. The query heads of a KV head are rows over the same keys: K and V are read once."""
+    out, _ = dense(q.unflatten(0, (len(k), -1)).unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), False, q.shape[-1] ** -0.5)
+    return out.view(q.shape)
+
+
 def check(q, k, v, cu_q, cu_k, causal, window, sink, impl):
     """Refuse what does not fit; returns cu_q, cu_k and the window of each KV head (0 = all) as lists of ints."""
     if impl not in ("auto", "torch"):

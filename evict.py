@@ -34,11 +34,15 @@ from model import DTYPES, KVCache, Llama, LlamaConfig, flag, generate, load_mode
 # q (R, heads, G, D) the last R queries, q_pos (R,); k (heads, n, D) the entries, pos (heads, n).
 
 
-def attention_weights(q, q_pos, k, pos):
-    """softmax_float32(q k^T / sqrt(D)) over the entries a query can see, (heads, G, R, n)."""
-    s = torch.einsum("rhgd,hnd->hgrn", q.float(), k.float()) * q.shape[-1] ** -0.5
-    hidden = pos[:, None, None, :] > q_pos[None, None, :, None]
-    return s.masked_fill(hidden, -math.inf).softmax(-1)
+@torch.no_grad()
+def attention_weights(q, q_pos, k, pos, n_late):
+    """softmax_float32(q k^T / sqrt(D)) over the entries a query can see, (heads, G, R, n).
+
+    Of the entries, the last n_late at most are later than some query: only there is anything to hide."""
+    rows = (q.float() * q.shape[-1] ** -0.5).permute(1, 2, 0, 3).flatten(1, 2)  # (heads, G * R, D)
+    s = (rows @ k.float().mT).unflatten(1, (-1, len(q)))  # (heads, G, R, n)
+    s[..., -n_late:].masked_fill_(pos[:, None, None, -n_late:] > q_pos[:, None], -math.inf)
+    return torch.softmax(s, -1, out=s)
 
 
 def window_scores(q, q_pos, k, pos, n_scored, pool="avg", kernel=5, reduce="mean"):
@@ -46,7 +50,7 @@ def window_scores(q, q_pos, k, pos, n_scored, pool="avg", kernel=5, reduce="mean
 
     avg pooling counts the zeros beyond the edges, as the released code does: the first and last tokens score lower.
     reduce joins the query heads of a KV head after pooling: mean (the same ranking as their sum) or max."""
-    weights = attention_weights(q, q_pos, k, pos)[..., :n_scored].sum(2)  # (heads, G, n_scored)
+    weights = attention_weights(q, q_pos, k, pos, len(q))[..., :n_scored].sum(2)  # (heads, G, n_scored)
     if n_scored:
         smooth = F.avg_pool1d if pool == "avg" else F.max_pool1d
         weights = smooth(weights, kernel, stride=1, padding=kernel // 2)
@@ -56,14 +60,15 @@ def window_scores(q, q_pos, k, pos, n_scored, pool="avg", kernel=5, reduce="mean
 def column_sums(q, q_pos, k, pos, rows=256):
     """H2O: attention that each entry receives from *all* queries of the step, a block of rows at a time; (heads, n)."""
     total = k.new_zeros(k.shape[:2], dtype=torch.float32)
-    for part, at in zip(q.split(rows), q_pos.split(rows)):
-        total += attention_weights(part, at, k, pos).sum((1, 2))
+    for start in range(0, len(q), rows):
+        part = slice(start, start + rows)
+        total += attention_weights(q[part], q_pos[part], k, pos, len(q) - start).sum((1, 2))
     return total
 
 
 def last_query_scores(q, q_pos, k, pos):
     """TOVA: the last query's attention, averaged over all heads: one ranking for the whole layer."""
-    weights = attention_weights(q[-1:], q_pos[-1:], k, pos)[:, :, 0]  # (heads, G, n)
+    weights = attention_weights(q[-1:], q_pos[-1:], k, pos, 1)[:, :, 0]  # (heads, G, n)
     return weights.mean((0, 1)).expand(k.shape[:2])
 
 
