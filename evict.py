@@ -162,6 +162,8 @@ class Eviction:
         if self.policy == "streaming" and self.budget is not None and self.window is not None:
             raise ValueError("policy streaming takes a window or a budget, not both")
         put("sink", 128 if by_position else 0)
+        if self.policy == "streaming" and self.budget is not None and self.budget < self.sink:
+            raise ValueError(f"policy streaming: a budget of {self.budget} has no room for the sink of {self.sink}")
         if self.policy == "streaming" and self.budget is not None:  # entries held after a step: sink + window - 1
             put("window", self.budget - self.sink + 1)
         put("window", 1024)

@@ -23,9 +23,9 @@ from fractions import Fraction
 import numpy as np
 from tqdm import tqdm
 
-from eval_tasks import TASKS, build, fact_stream, score, tiny_model
+from eval_tasks import TASKS, answer, build, fact_stream, score, tiny_model
 from evict import make_cache, train_locret
-from model import DTYPES, check_device, flag, generate, load_model, load_tokenizer, parse, run
+from model import DTYPES, check_device, flag, load_model, load_tokenizer, parse, run
 from prulong import load_heads
 
 # --- closed forms -----------------------------------------------------------------------------------------------------
@@ -224,8 +224,7 @@ def run_point(model, tokenizer, examples, policy, settings, mask, scorer, chunk,
     rows = []
     for example in examples:
         cache = make_cache(model, policy, chunk=chunk, heads=mask, scorer=scorer if policy == "locret" else None, seed=seed, **settings)
-        new = generate(model, example.prompt, example.max_new_tokens, cache=cache)
-        prediction = new if tokenizer is None else tokenizer.decode(new)
+        prediction = answer(model, tokenizer, example, cache, example.max_new_tokens)
         rows.append((score(example.task, prediction, example)["score"], float(cache.footprint()), float(cache.peak())))
     return [sum(column) / len(rows) for column in zip(*rows)]
 
@@ -315,6 +314,8 @@ def main():
     for name, given, known in (("tasks", tasks, TASKS), ("curves", config.curves.split(","), CURVES)):
         if unknown := [x for x in given if x not in known]:
             raise ValueError(f"--{name}: unknown {unknown[0]!r}: one of {', '.join(known)}")
+    if "pseudo_to_code" in [TASKS[task].scorer for task in tasks]:
+        raise ValueError("--tasks: code tasks run what the model wrote: eval_tasks.py --allow_code_exec does that")
     numbers(config.shares, float, "shares", 0, 1)
     check_device(config.device)
     path = os.path.join(config.out_dir, "results.jsonl")

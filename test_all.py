@@ -6,10 +6,13 @@ import ast
 import base64
 import contextlib
 import dataclasses
+import hashlib
+import itertools
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -1257,7 +1260,7 @@ def test_eviction_refuses_what_means_nothing():
     for settings, words in ((dict(policy="magic"), "magic"), (dict(policy="snapkv"), "either budget or keep"),
                             (dict(policy="snapkv", budget=3, keep=0.5), "either"), (dict(policy="snapkv", budget=-1), "budget must be >= 0"),
                             (dict(policy="full", budget=3), "neither"), (dict(policy="streaming", keep=0.5), "not keep"),
-                            (dict(policy="streaming", budget=3, sink=8), "window must be >= 1"), (dict(policy="knorm", budget=3, patch=True), "patch"),
+                            (dict(policy="streaming", budget=3, sink=8), "no room for the sink"), (dict(policy="knorm", budget=3, patch=True), "patch"),
                             (dict(policy="heads"), "mask"), (dict(policy="heads", heads=torch.ones(2, 2)), "mask"),
                             (dict(policy="locret", budget=3), "scorer"), (dict(policy="snapkv", keep=1.5), "keep must be"), (dict(policy="snapkv", keep=math.nan), "keep must be"),
                             (dict(policy="snapkv", keep=0.5, decode_every=2), "decode_budget"), (dict(policy="snapkv", budget=3, kernel=4), "odd"),
@@ -1397,6 +1400,258 @@ def test_real_llama_survives_a_round_trip(tmp_path):
     save_model(model, tmp_path, max_shard_bytes=100_000_000)
     again = load_model(tmp_path, dtype=torch.bfloat16)
     assert again.config == model.config and all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+
+
+# --- tasks and scorers ------------------------------------------------------------------------------------------------
+
+ROUTE = "From Sofia, take a bus to Riga.\nFrom Riga, take a train to Cork.\nFrom Cork, take a bus to Turin."
+GOOD_TABLE = "name\tprice\nRed Lamp\t$5\nOld Clock\t$45\n"
+CASES = [  # scorer, text (prefix and prediction), example, what the released scorers answer
+    ("qa", "Answer: an apple", {"answer": ["The Apple!"]}, {"exact_match": 1, "f1": 1, "rougeL_f1": 0.5, "rougeL_recall": 0.5}),
+    ("qa", "Answer: yes it is", {"answer": ["yes"]}, {"exact_match": 0, "f1": 0, "substring_exact_match": 1}),
+    ("qa", "Paris\nAnswer: Lyon", {"answer": [["Lyon", "Lugdunum"]]}, {"exact_match": 1}),
+    ("icl", "label: 3\n\nWhat is next ?\nlabel: 4", {"answer": "3"}, {"exact_match": 1}),
+    ("choice", "C", {"answer": ["B", "B. Bob Lee"]}, {"exact_match": 0, "substring_exact_match": 0}),
+    ("choice", "the", {"answer": ["A", "A. Ann"]}, {"exact_match": 1, "substring_exact_match": 0}),
+    ("choice", "I say B. Bob Lee", {"answer": ["B", "B. Bob Lee"]}, {"exact_match": 1, "substring_exact_match": 1}),
+    ("ruler_recall", "they are 4821763 and 99", {"answer": ["4821763", "1234567"]}, {"ruler_recall": 0.5}),
+    ("rerank", "Ranking: ID102 > ID107 > [ID: 105] > [111]", {"qrel": [["101", "0"], ["102", "3"], ["103", "1"], ["104", "0"], ["105", "2"],
+     ["106", "0"], ["107", "3"], ["108", "0"], ["109", "1"], ["110", "0"], ["111", "2"], ["112", "0"]], "k_values": [1, 5, 10]},
+     {"NDCG@1": 1, "NDCG@5": 0.94583, "NDCG@10": 0.90089, "MAP@1": 0.16667, "MAP@10": 0.66667, "Recall@5": 0.66667, "P@5": 0.8, "num_preds": 4}),
+    ("ndcg", "", {"scores": {"10": 2.0, "9": 2.0, "8": 1.0}, "qrel": {"10": 3, "9": 0, "8": 1}, "k_values": [1, 5, 10]},
+     {"NDCG@1": 0, "NDCG@5": 0.659, "MAP@5": 0.58333, "MRR": 0.5}),
+    ("parse_output", "Answer: x\ny", {"prefix_arg": "Answer:"}, {"parsed": "x"}),
+    ("normalize_answer", "The  A.B. \"an\" apple\u2019s", {}, {"normalized": "ab apple\u2019s"}),
+    ("remove_citations", "word [1][2]. More [3] text | end]", {}, {"text": "word. More text end"}),
+    ("alce_asqa", "In 1912, Roald [2] Amundsen\n\nstood.", {"qa_pairs": [{"short_answers": ["1912"]}, {"short_answers": ["Roald Amundsen"]},
+     {"short_answers": ["South Pole"]}]}, {"str_em": 200 / 3, "str_hit": 0}),
+    ("alce_qampari", "Marazan [1], Ruined City [4].", {"answers": [["Marazan"], ["S. Morris"], ["Ruined City"], ["X"]]},
+     {"num_preds": 2, "qampari_prec": 100, "qampari_rec": 50, "qampari_rec_top5": 50}),
+    ("html_to_tsv", "```tsv\n" + GOOD_TABLE + "```", {"reference_output": GOOD_TABLE}, {"f1": 1, "extraction_rate": 1}),
+    ("html_to_tsv", "```tsv\nname\tprice\nold clock\t45\nX\t1", {"reference_output": GOOD_TABLE}, {"precision": 0.5, "recall": 0.5, "f1": 0.5}),
+    ("html_to_tsv", "Here:\n" + GOOD_TABLE, {"reference_output": GOOD_TABLE}, {"f1": 0, "extraction_rate": 0}),
+    ("path_traversal", f"<Route>\n{ROUTE}\n</Route>", {"reference_output": ROUTE + "\n"}, {"accuracy": 1, "partial_accuracy": 1}),
+    ("path_traversal", f"<Route>{ROUTE.replace('a train', 'the train')}</Route>", {"reference_output": ROUTE}, {"accuracy": 0, "partial_accuracy": 2 / 3}),
+    ("path_traversal", ROUTE, {"reference_output": ROUTE}, {"partial_accuracy": 0, "extraction_rate": 0}),
+    ("tom_tracking", "- step 0: (INITIAL STATE) {a}\n- Step 1: x", {"reference_output": "T:\n- Step 0: (initial state) {a}\n- Step 1: y"},
+     {"accuracy": 0, "partial_accuracy": 0.5, "extraction_rate": 1}),
+]
+CASES += [("countdown", text, {"item": {"nums": [8, 2, 4, 3], "target": 11}, "reference_output": "# Search Procedure\nI\n |- Pick two numbers (1, 2)\n"
+                               "  |- Try 1 + 2 = 3. Evaluate 3 != 4, drop this branch.\n\nNow"}, want) for text, want in (
+    ("<Solution>\n8 / 2 = 4\n4 * 3 = 12\n12 - 4 = 8\n</Solution>", {"accuracy": 0, "extraction_rate": 1}),
+    ("<Solution>\n8 / 2 = 4\n 4 + 4=8\n8 + 3 = 11\n</Solution>", {"accuracy": 1}),
+    ("<Solution>\n8 / 2 = 4\n4 + 4 = 8\n8 + 3 = 11\n8 + 3 = 11\n</Solution>", {"accuracy": 0}),
+    ("<Solution>\n8 / 0 = 4\n9**9**9 = 1\n8 + 3 = 11\n</Solution>", {"accuracy": 0}),
+    ("# Search Procedure\nI\n |- Pick two numbers (1, 2)\n  |- Try 1 + 2 = 9. drop this branch", {"partial_accuracy": 0.5, "extraction_rate": 0}),
+    ("# Search Procedure\nI", {"partial_accuracy": -0.5}), ("# Search Procedure\nJ", {"partial_accuracy": 0}))]
+
+
+def test_scorers_answer_as_the_released_ones():
+    for name, text, example, want in CASES:
+        got = eval_tasks.SCORERS[name](text, example)
+        for key, value in want.items():
+            assert got[key] == (value if isinstance(value, str) else pytest.approx(value, abs=1e-6)), (name, text, key, got)
+
+
+@pytest.mark.skipif("SCORER_CASES" not in os.environ, reason="wants a JSON file of scorer cases in SCORER_CASES")
+def test_scorers_on_a_file_of_cases():
+    for case in json.load(open(os.environ["SCORER_CASES"])):
+        got = eval_tasks.SCORERS[case["scorer"]](case["prefix"] + (case["prediction"] or ""), case["example"])
+        for key, value in (case["expected"] or case["expected_rmodels"]).items():
+            assert got[key] == (value if isinstance(value, str) else pytest.approx(value, abs=1e-6)), (case["id"], key)
+
+
+def test_stemmer_and_rouge():
+    """Stems as published in Porter's vocabulary and NLTK's extensions; ROUGE-L against every subsequence."""
+    for words, stems in (("caresses ponies ties caress cats feed agreed plastered bled motoring sing conflated troubled sized hopping falling",
+                          "caress poni tie caress cat feed agre plaster bled motor sing conflat troubl size hop fall"),
+                         ("relational conditional valenci hesitanci digitizer conformabli radicalli happy sky dying news enjoy say ion",
+                          "relat condit valenc hesit digit conform radic happi sky die news enjoy say ion"),
+                         ("triplicate formative formalize hopeful goodness revival allowance adjustable irritant replacement adoption rate "
+                          "probate cease controll roll generalization oscillators analogical archaeology apologies died",
+                          "triplic form formal hope good reviv allow adjust irrit replac adopt rate probat ceas control roll gener oscil analog "
+                          "archaeolog apolog die")):
+        assert [eval_tasks.stem(w) for w in words.split()] == stems.split()
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        a, b = ([str(x) for x in rng.integers(0, 4, rng.integers(1, 8))] for _ in range(2))
+        is_sub = lambda s, t: all(x in it for it in [iter(t)] for x in s)
+        longest = max(len(s) for r in range(len(a) + 1) for s in itertools.combinations(a, r) if is_sub(s, b))
+        f1, recall = eval_tasks.rouge_l(" ".join(b), " ".join(a))
+        assert recall == pytest.approx(longest / len(a)) and f1 == pytest.approx(2 * longest / (len(a) + len(b)))
+
+
+TEXT_TASKS = [name for name in eval_tasks.TASKS if name != "facts"]
+
+
+def gold_text(name, example):
+    kind = eval_tasks.TASKS[name].scorer
+    text = example.gold.get("reference_output") or (" ".join(example.answer) if kind == "ruler_recall" else eval_tasks.flat(example.answer)[0])
+    return {"path_traversal": f"<Route>{text}</Route>", "html_to_tsv": f"```tsv\n{text}```"}.get(kind, " " + text)
+
+
+@pytest.mark.parametrize("name", TEXT_TASKS)
+def test_built_tasks_have_their_length_and_a_right_answer(name):
+    """2 % of the length, the same whatever n is, gold scores 1 and nothing scores 0."""
+    tokenizer = model_file.byte_tokenizer()
+    length = next(n for n in (4500, 16000, 80000) if tier_fits(name, n, tokenizer))
+    examples = eval_tasks.build(name, 2, length, 5, tokenizer)
+    assert eval_tasks.build(name, 1, length, 5, tokenizer) == examples[:1] and examples != eval_tasks.build(name, 2, length, 6, tokenizer)
+    for example in examples:
+        assert 0.98 * length <= len(example.prompt) <= length and tokenizer.decode(example.prompt[1:]).endswith(example.prefix)
+        if not name.startswith("code") or shutil.which("g++"):
+            assert eval_tasks.score(name, gold_text(name, example), example)["score"] == 1, gold_text(name, example)
+            assert eval_tasks.score(name, "", example)["score"] == 0
+    with pytest.raises(ValueError, match="at least"):
+        eval_tasks.build(name, 1, 10, 0, tokenizer)
+
+
+def tier_fits(name, length, tokenizer):
+    with contextlib.suppress(ValueError):
+        return bool(eval_tasks.build(name, 2, length, 5, tokenizer))
+
+
+def test_built_tasks_are_the_same_everywhere():
+    """A fingerprint of all tasks, taken once: another machine or version must give the same prompts."""
+    prompts = [eval_tasks.build(name, 1, 6000, 1, model_file.byte_tokenizer())[0].prompt for name in TEXT_TASKS if name[-2:] not in ("2k", "8k")]
+    assert hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16] == "ab50626ab77b9e4e"
+
+
+def test_countdown_search_is_complete():
+    """A trace exists exactly where brute force finds a solution (integers below 2000, larger number first), and it is one."""
+    def solvable(numbers, target):
+        if len(numbers) == 1:
+            return numbers[0] == target
+        for i, j in itertools.combinations(range(len(numbers)), 2):
+            rest = [x for k, x in enumerate(numbers) if k not in (i, j)]
+            a, b = max(numbers[i], numbers[j]), min(numbers[i], numbers[j])
+            results = {a + b, a - b, a * b} | ({a // b} if b and a % b == 0 else set())
+            if any(c < 2000 and solvable([c, *rest], target) for c in results):
+                return True
+        return False
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(12):
+        numbers, target = rng.integers(1, 50, 4).tolist(), int(rng.integers(10, 51))
+        trace = eval_tasks.countdown_trace(numbers, target)
+        seen.add(trace is not None)
+        assert (trace is not None) == solvable(numbers, target)
+        assert trace is None or eval_tasks.solves(eval_tasks.tagged(trace, "Solution").split("\n"), numbers, target)
+    assert seen == {True, False}
+
+
+def test_official_files_are_read_as_released(tmp_path):
+    """Rows, order, worked examples and prompt structure of HELMET and LongProc, and what a wrong folder is told."""
+    ctx = lambda what, i: [{"title": f"{what} {i} {j}", "text": f"Text {j} about {what} {i}."} for j in range(2)]
+    put = lambda name, rows: ((tmp_path / name).parent.mkdir(exist_ok=True, parents=True),
+                              (tmp_path / name).write_text("\n".join(map(json.dumps, rows))))
+    put("kilt/nq-dev-multikilt_1000_k50_dep6.jsonl", [{"question": f"Who wrote book {i}?", "answers": [f"Author {i}"], "ctxs": ctx("book", i)} for i in range(2)])
+    put("kilt/nq-train-multikilt_1000_k3_dep6.jsonl", [{"question": f"Which river is river {i}?", "answers": [f"River {i}"], "ctxs": ctx("river", i)} for i in (*range(7), 2)])
+    example = eval_tasks.load("helmet:kilt_nq", str(tmp_path))[0]
+    river = "Document (Title: river {0} 0): Text 0 about river {0}.\n\nDocument (Title: river {0} 1): Text 1 about river {0}.\n\n" \
+            "Question: Which river is river {0}?\nAnswer: River {0}\n\n"
+    assert example.user.endswith(river.format(6) + river.format(2) + "Document (Title: book 0 0): Text 0 about book 0.\n\n"
+                                 "Document (Title: book 0 1): Text 1 about book 0.\n\nQuestion: Who wrote book 0?")
+    assert example.prefix == "Answer:" and eval_tasks.score("helmet:kilt_nq", " author 0", example)["score"] == 1
+    cut = eval_tasks.load("kilt_nq", str(tmp_path), length=len(example.prompt) + 20 - 9)[0]  # 20 tokens are for the answer
+    assert cut.n_cut == 9 and len(cut.prompt) == len(example.prompt) - 9 and cut.user.endswith("Text 1 abou\n\nQuestion: Who wrote book 0?")
+    (tmp_path / "path_traversal").mkdir()
+    with pytest.raises(FileNotFoundError, match="prompts.yaml.*LongProc"):
+        eval_tasks.load("longproc:path_traversal_0.5k", str(tmp_path))
+    (tmp_path / "path_traversal" / "prompts.yaml").write_text("USER_PROMPT: |-\n  Map {{x}}:\n  {city_context}\n\n  From {src_city} to {dst_city}.\n")
+    (tmp_path / "path_traversal" / "path_traversal_0.5k.json").write_text(json.dumps([{"context_nl": "C", "question_repr": ["A", "B"], "answer_nl": ROUTE}]))
+    example, = eval_tasks.load("longproc:path_traversal_0.5k", str(tmp_path))
+    assert example.user == "Map {x}:\nC\n\nFrom A to B." and example.answer == ROUTE and example.max_new_tokens == 1024
+    put("json_kv/test_k105_dep6.jsonl", [{"context": "JSON"}])
+    for name, words in (("json_kv", "not json_kv's rows"), ("narrativeqa", "needs a judge"), ("kilt_xy", "unknown"), ("ruler_vt", "ruler/vt")):
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            eval_tasks.load(name, str(tmp_path))
+
+
+def test_balanced_shots():
+    rows = [{"text": str(i), "label": i % 3} for i in range(10)]
+    shots = eval_tasks.balanced(rows, "label", 8, 1)
+    assert [sorted(r["label"] for r in shots[i:i + 3]) for i in (0, 3)] == [[0, 1, 2]] * 2 and len({r["text"] for r in shots}) == 8
+
+
+def test_bm25_by_definition():
+    """Every score by the formula, with a word in most documents (its idf is negative), and ties: the later document first."""
+    rng = np.random.default_rng(0)
+    docs = [" ".join(f"w{int(x)}" for x in rng.zipf(1.5, rng.integers(1, 30)) if x < 40) for _ in range(50)] + ["w1 w2", "w1 w2"]
+    index, texts = eval_tasks.BM25(docs), [d.split() for d in docs]
+    df = {w: sum(w in t for t in texts) for t in texts for w in t}
+    idf = {w: math.log(52 - n + 0.5) - math.log(n + 0.5) for w, n in df.items()}
+    floor = 0.25 * sum(idf.values()) / len(idf)
+    assert min(idf.values()) < 0
+    mean = sum(map(len, texts)) / 52
+    for query in ("w1 w2 w2 w7", "w3", "unknown w5"):
+        want = [sum((idf[w] if idf[w] >= 0 else floor) * t.count(w) * 2.5 / (t.count(w) + 1.5 * (0.25 + 0.75 * len(t) / mean))
+                    for w in query.split() if w in idf) for t in texts]
+        close(torch.tensor(index.scores(query)), torch.tensor(want, dtype=torch.float64), 1e-9)
+        order = sorted(range(52), key=lambda i: (index.scores(query)[i], i), reverse=True)
+        for k in (1, 5, 52, 99):
+            assert [i for i, _ in index.top(query, k)] == order[:k]
+
+
+def test_listwise_reranking_and_metrics():
+    assert eval_tasks.parse_order("[3] > [1] > [3] > [9]", 4) == [2, 0, 1, 3]
+    texts = [f"passage {i}" for i in np.random.default_rng(0).permutation(23)]
+    def ask(prompt):  # a perfect judge: the larger the number in a passage, the better
+        found = re.findall(r"\[(\d+)\] passage (\d+)", prompt)
+        return " > ".join(f"[{i}]" for i, _ in sorted(found, key=lambda x: -int(x[1])))
+    order = eval_tasks.listwise(ask, "q", texts)
+    assert sorted(order) == list(range(23)) and [texts[i] for i in order[:5]] == [f"passage {i}" for i in range(22, 17, -1)]
+    got = eval_tasks.retrieval_metrics([4, 7, 1, 9, 8, 2], {7, 2})
+    assert got == {"recall@5": 0.5, "recall@20": 1, "mrr": 0.5,
+                   "ndcg@10": pytest.approx((1 / math.log2(3) + 1 / math.log2(7)) / (1 + 1 / math.log2(3)))}
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="wants g++")
+def test_generated_code_runs_within_limits(tmp_path):
+    """Endless loops, floods of output and memory hogs score 0 in time; no file is left and no network is there."""
+    run_it = lambda body: eval_tasks.score_code(f"```cpp\n{body}\n```", {"item": {"testcases": [[["1 2"], ["3"]]]}})["accuracy"]
+    assert run_it("int main() { int a, b; cin >> a >> b; cout << a + b << endl; }") == 1
+    start = time.perf_counter()
+    for body in ("int main() { for (;;); }", "int main() { for (;;) cout << 3 << endl; }", "int main() { vector<char> v(2u << 30, 1); cout << 3 << endl; }",
+                 "int main() { cout << 3; }", "not code", "#include \"/dev/zero\"\nint main() {}"):
+        assert run_it(body) == 0, body
+    assert time.perf_counter() - start < 60
+    if eval_tasks.has_namespaces():
+        assert "lo" in eval_tasks.run_limited(["cat", "/proc/net/dev"], str(tmp_path), "", 5)
+        assert "eth" not in eval_tasks.run_limited(["cat", "/proc/net/dev"], str(tmp_path), "", 5)
+
+
+def test_evaluation_resumes_and_names_what_is_wrong(tmp_path, monkeypatch, capsys):
+    """A run whose last line was torn goes on where it stopped and ends with the same rows; nothing is run twice."""
+    save_model(small(vocab_size=258, eos_ids=(257,)), tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    args = ["eval_tasks.py", "--model", "model", "--tasks", "niah_s,icl", "--lengths", "1500", "--n", "2", "--policy", "full,snapkv,streaming",
+            "--budget", "64", "--sink", "4", "--max_new_tokens", "4", "--dtype", "float32", "--out", "o/x.jsonl"]
+    def go(argv):
+        monkeypatch.setattr(sys, "argv", argv)
+        with contextlib.suppress(SystemExit):
+            model_file.run(eval_tasks.main)
+        return capsys.readouterr()
+    said = go(args).out
+    rows = [json.loads(line) for line in open("o/x.jsonl")]
+    assert len(rows) == 12 and len(json.loads(said.splitlines()[-1])["results"]) == 6
+    assert all(0.98 * 1500 <= r["prompt_tokens"] <= 1500 and 0 <= r["score"] <= 1 and r["seconds"] > 0 for r in rows)
+    assert all((r["footprint"] == 1) == (r["policy"] == "full") for r in rows)
+    text = open("o/x.jsonl").read().splitlines(keepends=True)
+    open("o/x.jsonl", "w").write("".join(text[:5]) + text[5][:40])
+    go(args)
+    again = [json.loads(line) for line in open("o/x.jsonl")]
+    drop = lambda r: {k: v for k, v in r.items() if k != "seconds"}
+    assert [drop(r) for r in again] == [drop(r) for r in rows]
+    for extra, words in ((["--tasks", "magic"], "magic"), (["--tasks", "helmet:narrativeqa"], "needs a judge"), (["--lengths", "0"], "--lengths"),
+                         (["--lengths", "20"], "at least"), (["--policy", "x"], "--policy"), (["--policy", "heads"], "--heads"),
+                         (["--tasks", "helmet:kilt_nq", "--data", "none"], "kilt"), (["--n", "0"], "--n"), (["--policy", "snapkv", "--budget", "-1"], "--budget")):
+        err = go([*args, *extra]).err
+        assert err.count("\n") == 1 and words in err, (extra, err)
+    open("o/x.jsonl", "w").write('{"a": 1}\n')
+    assert "not results" in go(args).err
+    err = go([*args[:4], "code_0.5k", *args[5:6], "4000", "--out", "o/y.jsonl"]).err
+    assert "skipped" in err and "--allow_code_exec" in err
 
 
 # --- the house --------------------------------------------------------------------------------------------------------
