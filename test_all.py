@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ import footprint
 import model as model_file
 import prulong
 import train
+import vlorp
 from attention_triton import attention
 from model import Batch, KVCache, Llama, LlamaConfig, cross_entropy, generate, load_model, load_tokenizer, rope_frequencies, save_model
 
@@ -1652,6 +1654,162 @@ def test_evaluation_resumes_and_names_what_is_wrong(tmp_path, monkeypatch, capsy
     assert "not results" in go(args).err
     err = go([*args[:4], "code_0.5k", *args[5:6], "4000", "--out", "o/y.jsonl"]).err
     assert "skipped" in err and "--allow_code_exec" in err
+
+
+# --- projected gradients ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("basis, off", [("normal", 1), ("rademacher", -1)])
+@pytest.mark.parametrize("c, r", [(1, 4), (4, 1), (0.25, 16)])
+def test_projection_is_unbiased_with_the_known_error(basis, off, c, r):
+    """E Go = G and E|Go - G|^2 = (m / c + 1) / r |G|^2 (normal), (m / c - 1) / r (Rademacher), over 3000 draws."""
+    p = torch.nn.Parameter(torch.zeros(24, 32))
+    optimizer, n = vlorp.ProjFactor([p], rank=r, granularity=c, basis=basis, proj_every=1), 3000
+    group, grad = optimizer.param_groups[0], torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
+    total, error = torch.zeros_like(grad), 0.0
+    for step in range(n):
+        basis_ = optimizer.basis(p, group, step)
+        estimate = vlorp.from_rows(vlorp.as_rows(grad, group) @ basis_ @ basis_.T, p)
+        total += estimate
+        error += (estimate - grad).square().sum().item() / n
+    want = (24 / c + off) / r * grad.square().sum().item()
+    assert error == pytest.approx(want, rel=0.06)
+    assert (total / n - grad).norm().item() < 1.2 * math.sqrt(want / n)
+
+
+def made_gradients(shape, steps, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=rng) for _ in range(steps)]
+
+
+def optimize(optimizer, p, gradients):
+    for g in gradients:
+        p.grad = g.clone()
+        optimizer.step()
+        optimizer.zero_grad()
+    return p.detach().clone()
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (8, 8)])
+def test_exact_projections_give_the_plain_optimizers(shape):
+    """Units of one number and a Rademacher basis lose nothing: then the schemes are Adam, and Adam with factored V."""
+    gradients, whole = made_gradients(shape, 12), dict(rank=1, granularity=min(shape), basis="rademacher", lr=0.01, weight_decay=0.1, proj_every=5)
+    plain = optimize(torch.optim.AdamW([p := torch.nn.Parameter(torch.ones(shape))], lr=0.01, eps=1e-12, weight_decay=0.1), p, gradients)
+    close(optimize(vlorp.ProjFactor([p := torch.nn.Parameter(torch.ones(shape))], scheme="original", eps=1e-12, **whole), p, gradients), plain, 1e-6)
+    close(optimize(vlorp.ProjFactor([p := torch.nn.Parameter(torch.ones(shape))], rank=None, lr=0.01, eps=1e-12, weight_decay=0.1), p, gradients), plain, 1e-6)
+    subspace = vlorp.ProjFactor([p := torch.nn.Parameter(torch.ones(shape))], scheme="subspace", eps=1e-12, **(whole | {"proj_every": 99}))
+    close(optimize(subspace, p, gradients), plain, 1e-6)
+    w, m, row, column = torch.ones(shape), torch.zeros(shape), torch.zeros(shape[0]), torch.zeros(shape[1])
+    for t, g in enumerate(gradients, 1):
+        m, row, column = 0.9 * m + 0.1 * g, 0.999 * row + 0.001 * (g * g).sum(1), 0.999 * column + 0.001 * (g * g).sum(0)
+        v = torch.outer(row, column) / row.sum()
+        w = w * (1 - 0.01 * 0.1) - 0.01 * math.sqrt(1 - 0.999 ** t) / (1 - 0.9 ** t) * m / (v.sqrt() + 1e-6)
+    close(optimize(vlorp.ProjFactor([p := torch.nn.Parameter(torch.ones(shape))], **(whole | {"proj_every": 99})), p, gradients), w, 1e-6)
+
+
+def test_projfactor_by_definition():
+    """A random shape and granularity, step by step, with a refreshed basis that keeps or resets the first moment."""
+    for at_refresh in ("keep", "reset"):
+        p = torch.nn.Parameter(torch.zeros(12, 20))
+        optimizer = vlorp.ProjFactor([p], lr=0.1, rank=3, granularity=2, proj_every=3, seed=7, at_refresh=at_refresh)
+        w, row, column, group = torch.zeros(20, 12), torch.zeros(20), torch.zeros(12), optimizer.param_groups[0]
+        for t, g in enumerate(made_gradients((12, 20), 8), 1):
+            basis = optimizer.basis(p, group, t - 1)
+            if t == 1 or (t - 1) % 3 == 0 and at_refresh == "reset":
+                m = torch.zeros(40, 3)
+            small = g.T.reshape(40, 6) @ basis
+            full = (small @ basis.T).reshape(20, 12)
+            m = 0.9 * m + 0.1 * small
+            row, column = 0.999 * row + 0.001 * (full ** 2).sum(1), 0.999 * column + 0.001 * (full ** 2).sum(0)
+            w -= 0.1 * math.sqrt(1 - 0.999 ** t) / (1 - 0.9 ** t) * (m @ basis.T).reshape(20, 12) / ((torch.outer(row, column) / row.sum()).sqrt() + 1e-6)
+            close(optimize(optimizer, p, [g]), w.T, 1e-5)
+
+
+def test_projected_training_frees_gradients_accumulates_and_counts_bytes():
+    """Through a Llama's backward pass: no target keeps its gradient, two micro-batches equal their sum, a P is the window's."""
+    model = small(n_embd=24, n_ff=32, head_dim=6)
+    groups = vlorp.param_groups(model)
+    tokens, rng_state = torch.randint(model.config.vocab_size, (2, 20)), torch.get_rng_state()
+    optimizer = vlorp.ProjFactor(groups, rank=2, granularity=2, proj_every=2)
+    for row in tokens:
+        model.loss(row[:-1], row[1:]).backward()
+    assert torch.equal(rng_state, torch.get_rng_state())
+    assert all(p.grad is None for p in groups[0]["params"]) and all(p.grad is not None for p in groups[1]["params"])
+    twin = small(n_embd=24, n_ff=32, head_dim=6)
+    (twin.loss(tokens[0, :-1], tokens[0, 1:]) + twin.loss(tokens[1, :-1], tokens[1, 1:])).backward()
+    for p, q in zip(groups[0]["params"], vlorp.param_groups(twin)[0]["params"]):
+        group = optimizer.param_groups[0]
+        close(optimizer.state[p]["sum"], vlorp.as_rows(q.grad, group) @ optimizer.basis(p, group, 0), 1e-5)
+    optimizer.step()
+    k, v = (p for name, p in model.named_parameters() if name.startswith("model.layers.0.self_attn.") and name[-13] in "kv")
+    assert k.shape == v.shape and not torch.equal(*(optimizer.basis(p, optimizer.param_groups[0], 0) for p in (k, v)))
+    projected = sum(p.itemsize * (max(p.shape) * 4 + sum(p.shape)) for p in groups[0]["params"])
+    assert optimizer.state_bytes() == projected + sum(2 * p.nbytes for p in groups[1]["params"])
+
+
+def test_projected_state_resumes_in_the_same_bits(tmp_path):
+    """Saved in the middle of a window with a micro-batch pending, loaded with weights_only, float32 state kept for bfloat16 weights."""
+    gradients = made_gradients((8, 12), 9)
+    def fresh(dtype=torch.float32):
+        p = torch.nn.Parameter(torch.ones(8, 12, dtype=dtype))
+        return vlorp.ProjFactor([p], lr=0.1, rank=2, granularity=2, proj_every=4), p
+    optimizer, p = fresh()
+    want = optimize(optimizer, p, gradients)
+    optimizer, p = fresh()
+    optimize(optimizer, p, gradients[:5])
+    p.grad = gradients[5].clone()
+    optimizer.take(p)
+    torch.save({"p": p.detach(), "o": optimizer.state_dict()}, tmp_path / "x.pt")
+    saved = torch.load(tmp_path / "x.pt", weights_only=True)
+    optimizer, p = fresh()
+    p.data.copy_(saved["p"])
+    optimizer.load_state_dict(saved["o"])
+    optimizer.step()
+    optimizer.zero_grad()
+    assert torch.equal(optimize(optimizer, p, gradients[6:]), want)
+    optimizer, p = fresh(torch.bfloat16)
+    optimize(optimizer, p, [g.bfloat16() for g in gradients[:2]])
+    other, q = fresh(torch.bfloat16)
+    other.load_state_dict(optimizer.state_dict())
+    assert all(other.state[q][k].dtype == torch.float32 and torch.equal(other.state[q][k], optimizer.state[p][k]) for k in ("m", "row", "column"))
+
+
+def test_projected_gradients_clip_skip_and_refuse():
+    optimizer = vlorp.ProjFactor([p := torch.nn.Parameter(torch.ones(8, 12))], lr=0.1, rank=2, granularity=2, max_norm=0.5, scheme="subspace", betas=(0.0, 0.0), eps=1e9)
+    g = made_gradients((8, 12), 1)[0]
+    small = vlorp.as_rows(g, optimizer.param_groups[0]) @ optimizer.basis(p, optimizer.param_groups[0], 0)
+    optimize(optimizer, p, [g])
+    close(optimizer.state[p]["m"], small * 0.5 / small.norm(), 1e-5)
+    before = p.detach().clone()
+    optimize(optimizer, p, [torch.full((8, 12), math.inf)])
+    assert optimizer.skipped == 1 and torch.equal(p, before) and "sum" not in optimizer.state[p]
+    zero_row = made_gradients((8, 12), 1)[0]
+    zero_row[3] = 0
+    assert optimize(vlorp.ProjFactor([p := torch.nn.Parameter(torch.ones(8, 12))], rank=1, granularity=8, basis="rademacher"), p, [zero_row]).isfinite().all()
+    for options, words in ((dict(granularity=5), r"\(8, 12\).*granularity 5"), (dict(rank=0), "rank 0"), (dict(basis="svd"), "basis"), (dict(lr=-1), "lr"),
+                           (dict(granularity=0.3), "granularity 3/10")):
+        with pytest.raises(ValueError, match=words):
+            vlorp.ProjFactor([torch.nn.Parameter(torch.ones(8, 12))], **options)
+
+
+def projected_worker(rank, size, port, out):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+    p = torch.nn.Parameter(torch.ones(8, 12))
+    result = optimize(vlorp.ProjFactor([p], lr=0.1, rank=2, granularity=2), p, [g[rank] for g in zip(made_gradients((8, 12), 4), made_gradients((8, 12), 4, 1))])
+    if rank == 0:
+        torch.save(result, out)
+    torch.distributed.destroy_process_group()
+
+
+def test_projected_gradients_are_averaged_over_processes(tmp_path):
+    """Two processes with a gradient each end where one process with their mean does."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(projected_worker, (2, port, str(tmp_path / "x.pt")), nprocs=2)
+    p = torch.nn.Parameter(torch.ones(8, 12))
+    both = [(a + b) / 2 for a, b in zip(made_gradients((8, 12), 4), made_gradients((8, 12), 4, 1))]
+    close(torch.load(tmp_path / "x.pt", weights_only=True), optimize(vlorp.ProjFactor([p], lr=0.1, rank=2, granularity=2), p, both), 1e-5)
 
 
 # --- the house --------------------------------------------------------------------------------------------------------
