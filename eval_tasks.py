@@ -29,7 +29,7 @@ import sysconfig
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -369,7 +369,7 @@ def solves(lines, numbers, target) -> bool:
     if len(lines) != 3:
         return False
     for line in lines:
-        found = re.fullmatch(r"\s*(-?(?:0|[1-9]\d*))\s*([-+*/])\s*(-?(?:0|[1-9]\d*))\s*=\s*([-+]?\d+)\s*", line, re.ASCII)
+        found = re.fullmatch(r"\s*(-?(?:0|[1-9]\d{0,8}))\s*([-+*/])\s*(-?(?:0|[1-9]\d{0,8}))\s*=\s*([-+]?\d{1,18})\s*", line, re.ASCII)
         if not found or "-" in (found[1] + found[3]) and found[2] != "+":
             return False
         a, b, c = int(found[1]), int(found[3]), int(found[4])
@@ -396,7 +396,8 @@ def same_search_line(line, gold) -> bool:
 
 
 def score_countdown(text, example) -> dict:
-    """Countdown: any right solution counts; without one, partial credit follows the gold search line by line."""
+    """Countdown: any right solution counts; without one, partial credit follows the gold search line by line: the index of the first
+    wrong line, or of the last compared one, over the number of lines (-1 / n if there is none, as released)."""
     item, solution = example["item"], tagged(text, "Solution")
     extracted = solution is not None
     if extracted and solves(solution.split("\n"), item["nums"], item["target"]):
@@ -413,9 +414,9 @@ def parse_plan(plan):
     """[(city, days)] of a travel plan's lines; the days between two flights are a stay."""
     cities, days, end = [], [1], None
     for line in plan.split("\n"):
-        if found := re.search(r"\d+-\d+", line):
+        if found := re.search(r"(?<!\d)\d{1,9}-\d{1,9}(?!\d)", line):
             end = int(found[0].split("-")[1])
-        if flight := re.match(r".*Day (\d+).*from (\w+) to (\w+)", line):
+        if flight := re.match(r".*Day (\d{1,9})(?!\d).*from (\w+) to (\w+)", line):
             cities += [flight[2]] * (not cities) + [flight[3]]
             days.append(int(flight[1]))
     if end is None:
@@ -445,21 +446,22 @@ def procedure_lines(text):
 CPP_HEADERS = "".join(f"#include <{name}>\n" for name in (
     "cstdio iostream vector algorithm numeric cmath cstring set map queue stack list fstream climits cassert iomanip sstream "
     "bitset").split()) + "using namespace std;\n"
-LIMITS = {"RLIMIT_AS": 2 ** 30, "RLIMIT_CPU": 4, "RLIMIT_FSIZE": 2 ** 24, "RLIMIT_NPROC": 256, "RLIMIT_NOFILE": 64, "RLIMIT_CORE": 0}
+LIMITS = {"RLIMIT_AS": 2 ** 30, "RLIMIT_FSIZE": 2 ** 24, "RLIMIT_NPROC": 256, "RLIMIT_NOFILE": 64, "RLIMIT_CORE": 0}  # bytes, counts
+ALONE = ["unshare", "--map-root-user", "--net", "--pid", "--fork", "--kill-child"]  # no network; all processes die with the first
 
 
 def run_limited(command, folder, stdin, seconds):
-    """Output of a command, or None on a timeout or failure to start; its whole process group ends with it.
+    """Output of a command, or None on a timeout.
 
-    Limits on memory, CPU time, file size, processes and open files, an empty environment, a folder of its own, and no
-    network where the kernel lets a user have a namespace: damage control for code a model wrote, not a sandbox."""
-    limits = "; ".join(f"resource.setrlimit(resource.{name}, ({n}, {n}))" for name, n in LIMITS.items() if name != "RLIMIT_CPU")
-    limits += f"; resource.setrlimit(resource.RLIMIT_CPU, ({seconds + 1}, {seconds + 1}))"
+    Limits on memory, CPU time, file size, processes and open files, an empty environment, a folder of its own; where the kernel
+    lets a user have namespaces also no network and no process that outlives the command (elsewhere its process group is
+    killed): damage control for code a model wrote, not a sandbox."""
+    limits = "; ".join(f"resource.setrlimit(resource.{name}, ({n}, {n}))" for name, n in (LIMITS | {"RLIMIT_CPU": seconds + 1}).items())
     start = f"import os, resource, sys; {limits}; os.execvp(sys.argv[1], sys.argv[1:])"
-    alone = ["unshare", "-rn"] if has_namespaces() else []
     with tempfile.TemporaryFile() as out:
-        child = subprocess.Popen([*alone, sys.executable, "-I", "-c", start, *command], cwd=folder, env={"PATH": os.environ.get("PATH", "")},
-                                 stdin=subprocess.PIPE, stdout=out, stderr=subprocess.DEVNULL, start_new_session=True)
+        child = subprocess.Popen([*(ALONE if has_namespaces() else []), sys.executable, "-I", "-c", start, *command], cwd=folder,
+                                 env={"PATH": os.environ.get("PATH", "")}, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.DEVNULL,
+                                 start_new_session=True)
         try:
             child.communicate(stdin.encode(), timeout=seconds)
         except (subprocess.TimeoutExpired, BrokenPipeError):
@@ -474,9 +476,9 @@ def run_limited(command, folder, stdin, seconds):
 
 @functools.cache
 def has_namespaces() -> bool:
-    """True if `unshare -rn` works: a child without network."""
+    """True if a command can be run alone, as ALONE says."""
     return shutil.which("unshare") is not None and subprocess.run(
-        ["unshare", "-rn", "true"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+        [*ALONE, "true"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
 
 
 def score_code(text, example) -> dict:
@@ -519,7 +521,7 @@ SCORERS = {
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt (token ids), how much to generate, and what the answer should be.
+    """A prompt (token ids), how much to generate, and the answer or reference that the scorer compares with.
 
     Text tasks also hold the prompt's text `user`, the answer `prefix` that ends it (completion mode; empty in a chat) and
     the scorer's `gold`. n_cut counts the context tokens that did not fit into the length asked for."""
@@ -575,6 +577,9 @@ def to_example(task, draft, tokenizer, chat, max_new_tokens, length=None) -> Exa
                    draft.gold, n_cut)
 
 
+LONGEST = 2 ** 21  # tokens of a prompt
+
+
 def largest(fits, low) -> int:
     """The largest m >= low with fits(m), by doubling and halving; fits(low) must hold."""
     step = 1
@@ -587,36 +592,40 @@ def largest(fits, low) -> int:
     return low
 
 
-def pad_words(rng, n) -> str:
-    return f"Not needed here: {' '.join(rng.choice(NOUNS) for _ in range(n))}.\n\n" if n else ""
+def padding(rng, n) -> str:
+    """n letters that mean nothing, in a paragraph of their own: a token or two each."""
+    return " ".join(rng.choice(string.ascii_lowercase) for _ in range(n)) + "\n\n" if n else ""
 
 
-def build_text(name, n, length, seed, tokenizer, chat):
-    """n examples of a procedural task whose prompts have `length` tokens: as many items as fit, then words of padding."""
-    task, examples = TASKS[name], []
-    for i in range(n):
-        def draft(m, n_pad):
-            made = task.make(random.Random(f"{name}-{seed}-{i}"), m)  # the same for a given i, whatever n is
-            return made._replace(before=pad_words(random.Random(i), n_pad) + made.before)
-        size = lambda m, n_pad: len(to_example(name, draft(m, n_pad), tokenizer, chat, 0).prompt)
-        if (need := size(task.least, 0)) > length:
-            raise ValueError(f"task {name} needs prompts of at least {need} tokens, got {length}")
-        m = largest(lambda m: size(m, 0) <= length, task.least)
-        n_pad = largest(lambda n_pad: size(m, n_pad) <= length, 0)
-        examples.append(to_example(name, draft(m, n_pad), tokenizer, chat, task.max_new_tokens))
-    return examples
+def build_one(name, i, length, seed, tokenizer, chat=False) -> Example:
+    """Example i of a procedural task whose prompt has `length` tokens: as many items as fit, then padding."""
+    task = TASKS[name]
+
+    def draft(m, n_pad):
+        made = task.make(random.Random(f"{name}-{seed}-{i}"), m)  # the same for a given i, whatever n is
+        return made._replace(before=padding(random.Random(i), n_pad) + made.before)
+    size = lambda m, n_pad: len(to_example(name, draft(m, n_pad), tokenizer, chat, 0).prompt)
+    if (need := size(task.least, 0)) > length:
+        raise ValueError(f"task {name} needs prompts of at least {need} tokens, got {length}")
+    m = largest(lambda m: size(m, 0) <= length, task.least)
+    n_pad = largest(lambda n_pad: size(m, n_pad) <= length, 0)
+    example = to_example(name, draft(m, n_pad), tokenizer, chat, task.max_new_tokens)
+    needed = 11 * len(tokenizer.encode(example.gold.get("reference_output", ""))) // 10  # small vocabularies take more tokens
+    return replace(example, max_new_tokens=max(needed, task.max_new_tokens))
 
 
 def build(task, n, length, seed, tokenizer=None, chat=False) -> list[Example]:
     """n examples of a procedural task whose prompts are `length` tokens long (within 2 %), the same on every machine.
 
     tokenizer: the model's; raw bytes by default. chat: in the tokenizer's chat format. Raises ValueError for an unknown task
-    or a length that is too short for it."""
-    if task == "facts":
-        return build_facts(n, length, seed, tokenizer)
+    or a length that is too short for it or above 2^21."""
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}: one of {', '.join(TASKS)}")
-    return build_text(task, n, length, seed, tokenizer or byte_tokenizer(), chat)
+    if not 1 <= length <= LONGEST:
+        raise ValueError(f"want a length of 1 to {LONGEST} tokens, got {length}")
+    if task == "facts":
+        return build_facts(n, length, seed, tokenizer)
+    return [build_one(task, i, length, seed, tokenizer or byte_tokenizer(), chat) for i in range(n)]
 
 
 def score(task, prediction, example) -> dict:
@@ -1050,8 +1059,25 @@ def travel_trace(item):
     return "\n".join([*lines, "</Solving Procedure>", "", "Output the plan in the required format:", "<Plan>", *told, "</Plan>"]), plan
 
 
+def count_plans(item, most=2) -> int:
+    """How many plans satisfy a travel problem, counted up to `most`."""
+    days = {c["city"]: c["num_days"] for c in item["constraints"] if c["type"] == "duration"}
+    fixed = {c["city"]: c["start_day"] for c in item["constraints"] if c["type"] == "fixed"}
+    flights = {tuple(pair) for pair in item["connected_cities"]}
+
+    def count(day, visited):
+        if len(visited) == len(days):
+            return 1
+        total = 0
+        for city in days:
+            if city not in visited and fixed.get(city, day) == day and (not visited or (visited[-1], city) in flights) and total < most:
+                total += count(day + days[city] - 1, [*visited, city])
+        return total
+    return count(1, [])
+
+
 def travel_problem(rng, search):
-    """A problem whose first plan found is the only one listed as gold, with a trace of a length within `search` [characters]."""
+    """A problem that one plan solves, with a trace of a length within `search` [characters]."""
     while True:
         cities = names(rng, rng.randint(4, 9))
         stays = [rng.randint(2, 7) for _ in cities]
@@ -1068,7 +1094,7 @@ def travel_problem(rng, search):
         item = {"ground_truth_cities": "**".join(cities), "ground_truth_durations": "**".join(map(str, stays)), "constraints": constraints,
                 "connected_cities": rng.sample(sorted(flights), len(flights)), "total_days": sum(stays) - len(cities) + 1}
         trace, plan = travel_trace(item)
-        if [c for c, _, _ in plan] == cities and search[0] <= len(trace) <= search[1]:
+        if search[0] <= len(trace) <= search[1] and count_plans(item) == 1:
             return item, trace
 
 
@@ -1114,7 +1140,7 @@ def program(rng, n_lines):
     pseudo, code, steps = ["read integers a and b", "set c to 0"], ["int main() { long long a, b, c; cin >> a >> b;", "c = 0;"], []
     for _ in range(n_lines):
         kind, x, y, n = rng.randrange(4), rng.choice("abc"), rng.choice("abc"), rng.randint(1, 9)
-        pseudo.append((f"add {n} times {y} to {x}, modulo 1000", f"subtract {n} from {x}", f"if {x} is greater than {y}, swap {x} and {y}",
+        pseudo.append((f"set {x} to the remainder of {x} + {n} * {y} divided by 1000, with the sign of the sum", f"subtract {n} from {x}", f"if {x} is greater than {y}, swap {x} and {y}",
                        f"repeat {n} times: increase {x} by 2")[kind])
         code.append((f"{x} = ({x} + {n} * {y}) % 1000;", f"{x} -= {n};", f"if ({x} > {y}) swap({x}, {y});",
                      f"for (int i = 0; i < {n}; i++) {x} += 2;")[kind])
@@ -1165,7 +1191,7 @@ for name, make, tiers in (("path", path_traversal, TIERS), ("tom", tom_tracking,
                           ("travel", travel_planning, ("2k", "8k")), ("html", html_to_tsv, TIERS), ("code", pseudo_to_code, ("0.5k", "2k"))):
     for tier in tiers:
         TASKS[f"{name}_{tier}"] = Task(functools.partial(make, tier=tier), make.__name__, "f1" if name == "html" else "accuracy",
-                                       TIERS[tier]["max_new_tokens"], least=0)
+                                       TIERS[tier]["max_new_tokens"], least=1 if name in ("countdown", "travel", "code") else 0)
 
 
 # --- the benchmarks' own files ---------------------------------------------------------------------------------------------
@@ -1276,7 +1302,7 @@ def read_ruler(folder, file, n, seed, kind="niah"):
 def read_rerank(folder, file, n, seed, demo_file="msmarco/test_reranking_data_k10_dep3.jsonl"):
     rows, demo_rows = read_rows(os.path.join(folder, file)), read_rows(os.path.join(folder, demo_file))
     rows = pick_questions(rows, "qid", n)
-    k_values = [k for k in (1, 5, 10, 20, 50, 100, 200, 500, 1000) if k <= len(rows[0]["ctxs"])]
+    k_values = [k for k in (1, 5, 10, 20, 50, 100, 200, 500, 1000) if k <= max(10, len(rows[0]["ctxs"]))]
     tested = {row["qid"] for row in rows}
     apart = len(demo_rows) > 2 * len(rows)
     title = lambda c: f" (Title: {c['title']})" if "title" in c else ""
@@ -1313,6 +1339,8 @@ def balanced(rows, label, n, seed):
 def read_icl(folder, file, n, seed, shots=None, text="text", label="label"):
     train, test = (read_rows(os.path.join(folder, file.format(split=split))) for split in ("train", "test"))
     n_label = 1 + max(row[label] for row in train)
+    if not all(type(row[label]) is int and 0 <= row[label] < 10 ** 4 for row in train + test):
+        raise ValueError(f"labels must be numbers from 0 to 9999 in field {label!r}")
     for row in balanced(shuffled(test, seed), label, n, seed):
         own = (int(hashlib.sha256(row[text].encode()).hexdigest(), 16) + seed) % 2 ** 31
         numbers = list(range(n_label))
@@ -1396,6 +1424,8 @@ def longproc_fields(task, row, folder):
     if task == "tom_tracking":
         return dict(story=row["story"], question=row["question"]), row["solution"]
     if task == "countdown":
+        if len(row["nums"]) != 4 or not all(type(x) is int and 0 < x < 2000 for x in [*row["nums"], row["target"]]):
+            raise ValueError("want four numbers and a target below 2000")
         return dict(nums=row["nums"], target=row["target"]), countdown_trace(row["nums"], row["target"])
     if task == "travel_planning":
         return dict(problem=row["disambig_question_text"]), travel_trace(row)[0]
@@ -1406,6 +1436,21 @@ def longproc_fields(task, row, folder):
         raise ValueError(f"html_path {row['html_path']!r} leaves the folder {folder}")
     with open(page, encoding="utf-8") as f:
         return row | {"html_str": f.read()}, row["gt"]
+
+
+def check_draft(spec, draft):
+    """Raises ValueError (or what the scorer raises) for a row that could not be scored once a model has answered it."""
+    texts = [draft.context, *(flat(draft.gold["answer"]) if spec.scorer in ("qa", "ruler_qa", "json_kv", "icl", "ruler_recall", "choice") else [])]
+    if "reference_output" in draft.gold:
+        texts.append(draft.gold["reference_output"])
+    if not all(isinstance(x, str) for x in texts) or "" in texts[1:] or len(texts) < 2 and not spec.scorer.startswith(("alce", "rerank")):
+        raise ValueError("the context, answer or reference is missing or not text")
+    if spec.scorer == "pseudo_to_code":
+        tests = draft.gold["item"]["testcases"]
+        if not tests or not all(isinstance(line, str) and line.isprintable() for given, wanted in tests for line in [*given, *wanted]):
+            raise ValueError("testcases must be pairs of lists of lines")
+    else:
+        SCORERS[spec.scorer]("", draft.gold)
 
 
 def official_tasks() -> dict:
@@ -1470,8 +1515,14 @@ def load(task, path, n=100, seed=42, tokenizer=None, length=None, chat=None) -> 
     chat = spec.chat and can_chat if chat is None else chat
     try:
         drafts = list(spec.read(folder, file, n, seed, **more))
-    except (KeyError, TypeError, AttributeError, IndexError) as e:
+        for draft in drafts:
+            check_draft(spec, draft)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError, UnicodeError) as e:
+        if type(e) is ValueError and str(e).startswith(str(folder)):
+            raise  # names its file already
         raise ValueError(f"{os.path.join(folder, file)}: not {name}'s rows ({type(e).__name__}: {e})") from None
+    if not drafts:
+        raise ValueError(f"{os.path.join(folder, file)}: no row for {name}")
     limit = None if length is None else length - spec.max_new_tokens
     return [to_example(task, draft, tokenizer, chat, spec.max_new_tokens, limit if draft.context else None) for draft in drafts]
 
@@ -1595,10 +1646,14 @@ def litsearch_data(path=None):
         return list(range(len(docs))), [rest for _, rest in docs], [{"query": first, "corpusids": [i], "specificity": 1} for i, (first, _) in enumerate(docs)]
     corpus, queries = (read_rows(os.path.join(path, name)) for name in ("corpus.jsonl", "query.jsonl"))
     try:
+        if not all(isinstance(row["title"], str) and isinstance(row["abstract"], str) and type(row["corpusid"]) is int for row in corpus):
+            raise ValueError("corpus.jsonl wants title, abstract and a whole number corpusid")
+        if not all(isinstance(q["query"], str) and q["corpusids"] and all(type(i) is int for i in q["corpusids"]) for q in queries):
+            raise ValueError("query.jsonl wants a query and corpusids")
         by_text = {f"Title: {row['title']}\nAbstract: {row['abstract']}": row["corpusid"] for row in corpus}
         queries = [{"query": q["query"], "corpusids": list(q["corpusids"]), "specificity": q["specificity"]} for q in queries]
-    except (KeyError, TypeError) as e:
-        raise ValueError(f"{path}: not LitSearch's rows ({type(e).__name__}: {e})") from None
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path}: not LitSearch's rows ({e})") from None
     return list(by_text.values()), list(by_text), queries
 
 
@@ -1620,12 +1675,13 @@ def docstrings():
     return [(first, rest) for rest, first in found.items()]
 
 
-def search(kind, model, tokenizer, path, n, ask):
-    """Yield (query index, metrics) of LitSearch with one retriever: bm25, dense, or rerank (BM25's best 20, ranked by the model)."""
-    ids, texts, queries = litsearch_data(path)
+def search(kind, model, tokenizer, data, chosen, ask):
+    """Yield (query index, metrics) of the chosen queries with one retriever: bm25, dense, or rerank (BM25's best 20, ranked by the
+    model). data: litsearch_data's; ask(prompt) -> reply."""
+    ids, texts, queries = data
     index = None if kind == "dense" else BM25(texts, search_words)
     vectors = embed(model, tokenizer, texts) if kind == "dense" else None
-    for i in random.Random(42).sample(range(len(queries)), min(n, len(queries))):
+    for i in chosen:
         query = queries[i]
         scores = index.scores(query["query"]) if vectors is None else vectors @ embed(model, tokenizer, [query["query"]])[0]
         ranked = [d for d, _ in top_k(scores, 200)]
@@ -1783,7 +1839,7 @@ class Config:
     tasks: str = flag("niah_s,niah_mv,icl", "comma-separated: built ones, helmet:NAME or longproc:NAME (with --data), litsearch:bm25, "
                                             "litsearch:dense, litsearch:rerank")
     lengths: str = flag("1024", "of the prompts, comma-separated [tokens]")
-    n: int = flag(20, "examples of each task and length", low=1, high=10 ** 6)
+    n: int = flag(20, "examples of each task and length", low=1, high=10 ** 5)
     seed: int = flag(0, "of the built examples, and of the tiny model", low=0, high=2 ** 31)
     data: str | None = flag(None, "folder with the benchmark's own files")
     chat: bool = flag(False, "use the tokenizer's chat format")
@@ -1809,8 +1865,10 @@ def policy_settings(config, policy) -> dict:
     taken = {"chunk": config.chunk, "sink": config.sink, "obs_window": config.obs_window}
     if policy in ("streaming", "heads"):
         taken["window"] = config.window
-    if policy not in ("full", "heads"):
-        taken |= {"budget": config.budget} if policy == "streaming" else {"budget": config.budget, "keep": config.keep}
+    if policy == "streaming":
+        taken["budget"] = config.budget if config.window is None else None
+    elif policy not in ("full", "heads"):
+        taken |= {"budget": config.budget, "keep": config.keep}
     if policy in ATTENTION_RULES:
         taken["patch"] = config.patch
     return {name: value for name, value in taken.items() if value is not None}
@@ -1831,21 +1889,25 @@ def answer(model, tokenizer, example, cache, max_new_tokens):
 
 
 def read_results(path) -> dict:
-    """Results so far by key; a torn last line, which a killed run leaves, is cut off. Raises ValueError for another kind of file."""
+    """Results so far by key; the torn last line that a killed run leaves is cut off. Raises ValueError for another kind of file."""
     done, good = {}, 0
-    if os.path.exists(path):
-        with open(path, "rb") as f:
-            for line in f:
-                if not line.endswith(b"\n"):
+    if not os.path.exists(path):
+        return done
+    if not os.path.isfile(path):
+        raise ValueError(f"--out {path} is not a file")
+    with open(path, "rb") as f:
+        for line in f:
+            torn = not line.endswith(b"\n")
+            try:
+                if torn and line[:8] == b'{"key": '[:len(line)]:
                     break
-                try:
-                    row = json.loads(line)
-                    done[row["key"]] = row
-                except (ValueError, KeyError, TypeError):
-                    raise ValueError(f"{path}: not results of this script (line {len(done) + 1})") from None
-                good += len(line)
-        if good < os.path.getsize(path):
-            os.truncate(path, good)
+                row = json.loads(line)
+                done[row["key"]] = row
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"{path}: not results of this script (line {len(done) + 1})") from None
+            good += len(line)
+    if good < os.path.getsize(path):
+        os.truncate(path, good)
     return done
 
 
@@ -1859,64 +1921,71 @@ def confidence(scores):
 
 def evaluate(config, model, tokenizer, log):
     """Run what is not in config.out yet. Returns all rows asked for, in order."""
-    policies, lengths = config.policy.split(","), [int(x) for x in config.lengths.split(",")]
-    heads = load_heads(config.heads, config.sparsity) if config.heads else None
+    policies = config.policy.split(",")
     settings = {p: policy_settings(config, p) for p in policies}
+    heads = load_heads(config.heads, config.sparsity) if config.heads else None
     mask = lambda p: {"heads": heads} if p == "heads" else {}
     for p in policies:
         make_cache(model, p, **settings[p], **mask(p))  # refuses what does not fit before anything runs
-    done, rows, jobs = read_results(config.out), [], []
-    who = [os.path.realpath(config.model), config.dtype, config.chat, config.max_new_tokens, config.data]
-    for name in config.tasks.split(","):
+    done, rows = read_results(config.out), []
+    who = [os.path.realpath(config.model), config.dtype, config.chat, config.max_new_tokens]
+    names = config.tasks.split(",")
+    for name, length in [(name, int(x)) for name in names for x in config.lengths.split(",")]:
         if name.startswith("litsearch:"):
-            rows += run_search(config, name, model, tokenizer, done, who, log)
             continue
-        for length in lengths:
-            if ":" in name:
-                examples = load(name, config.data or "data", config.n, tokenizer=tokenizer, length=length, chat=config.chat or None)
-            else:
-                examples = build(name, config.n, length, config.seed, None if name == "facts" else tokenizer, config.chat)
-            spec = TASKS.get(name) or OFFICIAL[name.split(":")[-1]]
-            if spec.scorer == "pseudo_to_code" and not config.allow_code_exec:
-                log(f"{name}: skipped, it runs generated code: --allow_code_exec")
-                continue
-            jobs += [(name, length, p, i, e) for p in policies for i, e in enumerate(examples)]
-    for name, length, p, i, example in tqdm(jobs, desc="examples", unit="example", disable=None):
-        sha = hashlib.sha256(json.dumps(example.prompt).encode()).hexdigest()[:16]
-        extra = [config.heads, config.sparsity] if p == "heads" else []
-        key = json.dumps([*who, name, length, p, settings[p], *extra, i, sha], sort_keys=True)
-        if key not in done:
-            cache, start = make_cache(model, p, **settings[p], **mask(p)), time.perf_counter()
-            said = answer(model, tokenizer, example, cache, config.max_new_tokens or example.max_new_tokens)
-            row = {"key": key, "task": name, "length": length, "policy": p, **settings[p], "i": i, "prompt_tokens": len(example.prompt),
-                   "cut_tokens": example.n_cut, "prediction": said, **score(name, said, example), "footprint": float(cache.footprint()),
-                   "peak": float(cache.peak()), "seconds": time.perf_counter() - start}
-            append_row(config.out, row)
-            done[key] = row
-        rows.append(done[key])
+        spec = TASKS.get(name) or OFFICIAL[name.split(":")[-1]]
+        if spec.scorer == "pseudo_to_code" and not config.allow_code_exec:
+            log(f"{name}: skipped, it runs generated code: --allow_code_exec")
+            continue
+        for i, p, example in tqdm(examples_of(config, name, length, policies, tokenizer), desc=f"{name} {length}", unit="example", disable=None):
+            sha = hashlib.sha256(json.dumps([example.prompt, example.answer]).encode()).hexdigest()[:16]
+            extra = ["".join(str(int(x)) for x in heads.flatten())] if p == "heads" else []
+            key = json.dumps([*who, name, length, p, settings[p], *extra, i, sha], sort_keys=True)
+            if key not in done:
+                cache, start = make_cache(model, p, **settings[p], **mask(p)), time.perf_counter()
+                said = answer(model, tokenizer, example, cache, config.max_new_tokens or example.max_new_tokens)
+                metrics = score(name, said, example)
+                done[key] = {"key": key, "task": name, "length": length, "policy": p, "settings": settings[p], "i": i,
+                             "prompt_tokens": len(example.prompt), "cut_tokens": example.n_cut, "prediction": said, "score": metrics["score"],
+                             "metrics": metrics, "footprint": float(cache.footprint()), "peak": float(cache.peak()),
+                             "seconds": time.perf_counter() - start}
+                append_row(config.out, done[key])
+            rows.append(done[key])
+    for name in names:
+        if name.startswith("litsearch:"):
+            rows += run_search(config, name, model, tokenizer, done, who)
+    if not rows:
+        raise ValueError("nothing to run: every task was skipped")
     return rows
 
 
-def run_search(config, name, model, tokenizer, done, who, log):
-    kind = name.removeprefix("litsearch:")
-    if kind not in ("bm25", "dense", "rerank"):
-        raise ValueError(f"unknown task {name!r}: litsearch:bm25, litsearch:dense or litsearch:rerank")
+def examples_of(config, name, length, policies, tokenizer):
+    """Yield (i, policy, example) of one task and length; built ones one at a time."""
+    official = ":" in name
+    loaded = load(name, config.data, config.n, tokenizer=tokenizer, length=length, chat=config.chat or None) if official else \
+        build(name, config.n, length, config.seed) if name == "facts" else None
+    for i in range(config.n if loaded is None else len(loaded)):
+        example = build_one(name, i, length, config.seed, tokenizer, config.chat) if loaded is None else loaded[i]
+        for p in policies:
+            yield i, p, example
+
+
+def run_search(config, name, model, tokenizer, done, who):
+    """Rows of a LitSearch task, one per query."""
+    data = litsearch_data(config.data)
+    digest_ = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
+    chosen = random.Random(42).sample(range(len(data[2])), min(config.n, len(data[2])))
+    keys = {i: json.dumps([*who, name, digest_, i]) for i in chosen}
 
     def ask(prompt):
-        ids = to_ids(tokenizer, prompt, "", config.chat)
-        return tokenizer.decode(generate(model, ids, 60, stop_ids=tokenizer.eos_ids))
-    prefix = json.dumps([*who, name, config.n])
-    if f"{prefix} end" not in done:
+        return tokenizer.decode(generate(model, to_ids(tokenizer, prompt, "", config.chat), 60, stop_ids=tokenizer.eos_ids))
+    todo, start = [i for i in chosen if keys[i] not in done], time.perf_counter()
+    for i, metrics in search(name.removeprefix("litsearch:"), model, tokenizer, data, todo, ask) if todo else ():
+        done[keys[i]] = {"key": keys[i], "task": name, "length": 0, "policy": "full", "i": i, "score": metrics["recall@5"], "metrics": metrics,
+                         "footprint": 1.0, "peak": 1.0, "seconds": time.perf_counter() - start}
+        append_row(config.out, done[keys[i]])
         start = time.perf_counter()
-        for i, metrics in search(kind, model, tokenizer, config.data, config.n, ask):
-            if f"{prefix} {i}" not in done:
-                row = {"key": f"{prefix} {i}", "task": name, "length": 0, "policy": "full", "i": i, "score": metrics["recall@5"], **metrics,
-                       "footprint": 1.0, "peak": 1.0, "seconds": time.perf_counter() - start}
-                append_row(config.out, row)
-                done[row["key"]] = row
-            start = time.perf_counter()
-        append_row(config.out, {"key": f"{prefix} end"})
-    return [row for key, row in done.items() if key.startswith(prefix) and "score" in row]
+    return [done[keys[i]] for i in chosen]
 
 
 def append_row(path, row):
@@ -1931,11 +2000,12 @@ def report(rows):
         groups.setdefault((row["task"], row["length"], row["policy"]), []).append(row)
     print("| task | tokens | policy | score | 95 % ± | n | empty | KV footprint | peak | seconds each |\n|---|---|---|---|---|---|---|---|---|---|")
     for (task, length, policy), group in groups.items():
-        scores, mean = [row["score"] for row in group], lambda name: sum(row[name] for row in group) / len(group)
+        scores = [row["score"] for row in group]
+        mean = lambda name: sum(row.get(name, row.get("metrics", {}).get(name)) for row in group) / len(group)
         half, empty = confidence(scores), sum(row.get("prediction", "x") in ("", []) for row in group)
         print(f"| {task} | {length or '-'} | {policy} | {mean('score'):.3f} | {half:.3f} | {len(group)} | {empty} | {mean('footprint'):.3f} | "
               f"{mean('peak'):.3f} | {mean('seconds'):.2f} |")
-        extra = {k: round(mean(k), 4) for k in ("recall@5", "recall@20", "ndcg@10", "mrr") if k in group[0]}
+        extra = {k: round(mean(k), 4) for k in ("recall@5", "recall@20", "ndcg@10", "mrr") if k in group[0]["metrics"]}
         records.append({"task": task, "length": length, "policy": policy, "score": round(mean("score"), 4),
                         "half_interval": round(half, 4) if half < math.inf else None, "n": len(group), "empty": empty, **extra})
         if extra:
@@ -1963,16 +2033,37 @@ def main():
         return tiny_table(config)
     if not re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", config.lengths):
         raise ValueError(f"--lengths must be positive numbers, comma-separated, got {config.lengths!r}")
-    for name in config.tasks.split(","):
+    names, policies = config.tasks.split(","), config.policy.split(",")
+    for flag_name in ("tasks", "lengths", "policy"):
+        given = getattr(config, flag_name).split(",")
+        if len(set(given)) < len(given):
+            raise ValueError(f"--{flag_name} names something twice: {getattr(config, flag_name)}")
+    for name in names:
         if name.split(":")[-1] in NEEDS_JUDGE:
             raise ValueError(f"task {name} is not scored here: needs a judge (a large model)")
-        if not (name in TASKS or name.startswith("litsearch:") or ":" in name and name.split(":")[-1] in OFFICIAL):
-            raise ValueError(f"unknown task {name!r}: one of {', '.join(TASKS)}; with --data helmet:NAME or longproc:NAME; litsearch:bm25, :dense, :rerank")
-    for p in config.policy.split(","):
+        known = name in TASKS or name in ("litsearch:bm25", "litsearch:dense", "litsearch:rerank") or \
+            name.startswith(("helmet:", "longproc:")) and name.split(":", 1)[1] in OFFICIAL
+        if not known:
+            raise ValueError(f"--tasks: unknown task {name!r} (built ones: {', '.join(TASKS)}; helmet:NAME, longproc:NAME; litsearch:bm25, :dense, :rerank)")
+        if name.startswith(("helmet:", "longproc:")) and config.data is None:
+            raise ValueError(f"task {name} needs --data with the benchmark's own files")
+    if any(int(x) > LONGEST for x in config.lengths.split(",")):
+        raise ValueError(f"--lengths: at most {LONGEST} tokens, got {config.lengths}")
+    for p in policies:
         if p not in POLICIES or p == "locret":
             raise ValueError(f"--policy: {p!r} is none of {', '.join(x for x in POLICIES if x != 'locret')}")
-    if ("heads" in config.policy.split(",")) != (config.heads is not None):
-        raise ValueError("policy heads, and no other, needs --heads")
+    if ("heads" in policies) != (config.heads is not None) or config.sparsity is not None and config.heads is None:
+        raise ValueError("policy heads, and no other, needs --heads (and may take --sparsity)")
+    taken = set().union(*(policy_settings(config, p) for p in policies))
+    for name in ("budget", "keep", "window", "patch"):
+        if getattr(config, name) not in (None, False) and name not in taken:
+            raise ValueError(f"--{name} means nothing to policy {config.policy}")
+    if policies != ["full"] and any(name.startswith("litsearch:") for name in names):
+        raise ValueError("litsearch tasks take no eviction policy")
+    if config.allow_code_exec and not shutil.which("g++"):
+        raise ValueError("--allow_code_exec: there is no g++ here")
+    if config.out == "" or os.path.exists(config.out) and not os.path.isfile(config.out):
+        raise ValueError(f"--out {config.out!r} is not a file")
     check_device(config.device)
     model, tokenizer = load_model(config.model, config.device, DTYPES[config.dtype]), load_tokenizer(config.model)
     os.makedirs(os.path.dirname(os.path.abspath(config.out)), exist_ok=True)

@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -1516,7 +1517,7 @@ def tier_fits(name, length, tokenizer):
 def test_built_tasks_are_the_same_everywhere():
     """A fingerprint of all tasks, taken once: another machine or version must give the same prompts."""
     prompts = [eval_tasks.build(name, 1, 6000, 1, model_file.byte_tokenizer())[0].prompt for name in TEXT_TASKS if name[-2:] not in ("2k", "8k")]
-    assert hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16] == "ab50626ab77b9e4e"
+    assert hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16] == "da8a7096d19f9b05"
 
 
 def test_countdown_search_is_complete():
@@ -1542,6 +1543,21 @@ def test_countdown_search_is_complete():
     assert seen == {True, False}
 
 
+def test_travel_problems_have_one_plan():
+    """Against every order of the cities."""
+    for i in range(4):
+        item, trace = eval_tasks.travel_problem(random.Random(i), (1500, 5500))
+        days = {c["city"]: c["num_days"] for c in item["constraints"] if c["type"] == "duration"}
+        fixed = {c["city"]: c["start_day"] for c in item["constraints"] if c["type"] == "fixed"}
+        flights, plans = {tuple(x) for x in item["connected_cities"]}, []
+        for order in itertools.permutations(days):
+            start = {c: 1 + sum(days[x] - 1 for x in order[:j]) for j, c in enumerate(order)}
+            if all(pair in flights for pair in zip(order, order[1:])) and all(start[c] == day for c, day in fixed.items()):
+                plans.append("**".join(order))
+        assert plans == [item["ground_truth_cities"]]
+        assert eval_tasks.parse_plan(eval_tasks.tagged(trace, "Plan")) == [(c, days[c]) for c in plans[0].split("**")]
+
+
 def test_official_files_are_read_as_released(tmp_path):
     """Rows, order, worked examples and prompt structure of HELMET and LongProc, and what a wrong folder is told."""
     ctx = lambda what, i: [{"title": f"{what} {i} {j}", "text": f"Text {j} about {what} {i}."} for j in range(2)]
@@ -1564,6 +1580,10 @@ def test_official_files_are_read_as_released(tmp_path):
     (tmp_path / "path_traversal" / "path_traversal_0.5k.json").write_text(json.dumps([{"context_nl": "C", "question_repr": ["A", "B"], "answer_nl": ROUTE}]))
     example, = eval_tasks.load("longproc:path_traversal_0.5k", str(tmp_path))
     assert example.user == "Map {x}:\nC\n\nFrom A to B." and example.answer == ROUTE and example.max_new_tokens == 1024
+    put("ruler/vt/validation_8192.jsonl", [{"context": "C", "query": "q", "num_v": 1, "example": "e", "answer": []}])
+    with pytest.raises(ValueError, match="vt/validation_8192.jsonl: not ruler_vt's rows"):
+        eval_tasks.load("ruler_vt", str(tmp_path))
+    os.remove(tmp_path / "ruler/vt/validation_8192.jsonl")
     put("json_kv/test_k105_dep6.jsonl", [{"context": "JSON"}])
     for name, words in (("json_kv", "not json_kv's rows"), ("narrativeqa", "needs a judge"), ("kilt_xy", "unknown"), ("ruler_vt", "ruler/vt")):
         with pytest.raises((ValueError, FileNotFoundError), match=words):
@@ -1619,8 +1639,13 @@ def test_generated_code_runs_within_limits(tmp_path):
         assert run_it(body) == 0, body
     assert time.perf_counter() - start < 60
     if eval_tasks.has_namespaces():
-        assert "lo" in eval_tasks.run_limited(["cat", "/proc/net/dev"], str(tmp_path), "", 5)
-        assert "eth" not in eval_tasks.run_limited(["cat", "/proc/net/dev"], str(tmp_path), "", 5)
+        nets = eval_tasks.run_limited([sys.executable, "-I", "-c", "import socket; print(socket.if_nameindex())"], str(tmp_path), "", 5)
+        assert nets == "[(1, 'lo')]\n"
+        mark = tmp_path / "mark"  # a daemon that would write after the command's end
+        daemon = f"import os, time\nif os.fork() == 0:\n    os.setsid(); time.sleep(1.5); open({str(mark)!r}, 'w')"
+        assert eval_tasks.run_limited([sys.executable, "-I", "-c", daemon], str(tmp_path), "", 5) == ""
+        time.sleep(2)
+        assert not mark.exists()
 
 
 def test_evaluation_resumes_and_names_what_is_wrong(tmp_path, monkeypatch, capsys):
@@ -1647,11 +1672,14 @@ def test_evaluation_resumes_and_names_what_is_wrong(tmp_path, monkeypatch, capsy
     assert [drop(r) for r in again] == [drop(r) for r in rows]
     for extra, words in ((["--tasks", "magic"], "magic"), (["--tasks", "helmet:narrativeqa"], "needs a judge"), (["--lengths", "0"], "--lengths"),
                          (["--lengths", "20"], "at least"), (["--policy", "x"], "--policy"), (["--policy", "heads"], "--heads"),
-                         (["--tasks", "helmet:kilt_nq", "--data", "none"], "kilt"), (["--n", "0"], "--n"), (["--policy", "snapkv", "--budget", "-1"], "--budget")):
+                         (["--tasks", "helmet:kilt_nq", "--data", "none"], "kilt"), (["--tasks", "icl,icl"], "twice"), (["--tasks", "foo:kilt_nq"], "foo"),
+                         (["--policy", "full", "--keep", "0.5"], "--budget means nothing"), (["--sparsity", "0.5"], "--sparsity"),
+                         (["--tasks", "litsearch:bm25"], "no eviction"), (["--lengths", "99999999"], "--lengths"), (["--out", "model"], "--out"), (["--n", "0"], "--n"), (["--policy", "snapkv", "--budget", "-1"], "--budget")):
         err = go([*args, *extra]).err
         assert err.count("\n") == 1 and words in err, (extra, err)
-    open("o/x.jsonl", "w").write('{"a": 1}\n')
-    assert "not results" in go(args).err
+    for other in ('{"a": 1}\n', "precious text without a line's end"):
+        open("o/x.jsonl", "w").write(other)
+        assert "not results" in go(args).err and open("o/x.jsonl").read() == other
     err = go([*args[:4], "code_0.5k", *args[5:6], "4000", "--out", "o/y.jsonl"]).err
     assert "skipped" in err and "--allow_code_exec" in err
 
