@@ -204,7 +204,7 @@ class Attention(nn.Module):
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         else:
             qk, v = linear(x, weight).unflatten(1, (-1, self.head_dim)).split((n_head + n_kv_head, n_kv_head), 1)
-            q, k = rotate(qk, cos, sin).split((n_head, n_kv_head), 1)
+            q, k = rotate(qk, cos.to(qk.dtype), sin.to(qk.dtype)).split((n_head, n_kv_head), 1)
         return self.o_proj(attend(layer, q, k, v).flatten(1))  # (N, n_head, D) -> (N, n_embd)
 
 

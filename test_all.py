@@ -238,6 +238,30 @@ def test_cross_entropy_value_and_gradients():
         cross_entropy(hidden, head, torch.full((n,), -100))
 
 
+def test_loaded_weights_that_lie_together_change_nothing(tmp_path):
+    """A loaded model takes one product for q, k, v and for gate, up where there is no gradient: the same logits as with gradients,
+    in one row as in many, under autocast too, and after its weights were moved or replaced."""
+    save_model(small().float(), tmp_path)
+    model, tokens = load_model(tmp_path), torch.arange(30) % 20
+    block = model.model.layers[0]
+    with_gradient = model(tokens).detach()
+    for rows in (30, 1):
+        for autocast in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                want = model(tokens[:rows]).float().detach()
+                with torch.no_grad():
+                    assert model_file.stacked(block.self_attn.q_proj, block.self_attn.k_proj, block.self_attn.v_proj).shape[0] == \
+                        (model.config.n_head + 2 * model.config.n_kv_head) * model.config.head_dim
+                    close(model(tokens[:rows]).float(), want, 0.1 if autocast else 1e-5)
+    with torch.no_grad():
+        block.mlp.up_proj.weight.mul_(2)
+        changed = model(tokens)
+        assert not torch.allclose(changed, with_gradient, atol=1e-4)
+        block.mlp.up_proj.weight = torch.nn.Parameter(block.mlp.up_proj.weight / 2)
+        assert model_file.stacked(block.mlp.gate_proj, block.mlp.up_proj) is None
+        close(model(tokens), with_gradient, 1e-5)
+
+
 def test_packed_documents_equal_separate_ones():
     """Without resetting RoPE positions, in full and in streaming mode (a sink per document); no label across documents."""
     model, rng = small(), torch.Generator().manual_seed(0)
@@ -843,7 +867,7 @@ def script(*args, **kwargs):
     return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=kwargs.pop("cwd", None), timeout=120, **kwargs)
 
 
-@pytest.mark.parametrize("method", ["lm", "prulong"])
+@pytest.mark.parametrize("method", ["lm", "prulong", "vlorp"])
 def test_killed_run_resumes_in_the_same_bits(tmp_path, method):
     code = os.path.abspath(train.__file__)
     args = [*ARGS, "--method", method, "--steps", "12"]
@@ -873,6 +897,38 @@ def test_killed_run_resumes_in_the_same_bits(tmp_path, method):
         {k: v for k, v in outcome[1].items() if k not in ("cpu_seconds", "rows")}
     save = load_model(tmp_path / "killed")
     assert all(torch.equal(p, a[f"model.{name}"]) for name, p in save.named_parameters())
+
+
+def test_conversations_train_the_assistants_words_only(tmp_path, monkeypatch, capsys):
+    """Targets by hand, packs of whole conversations, both file formats, a run, and what a wrong line is told."""
+    (tmp_path / "m").mkdir()
+    made_tokenizer(tmp_path / "m")
+    tokenizer = load_tokenizer(tmp_path / "m")
+    save_model(Llama(dataclasses.replace(eval_tasks.TINY, vocab_size=400)).init_weights(0), tmp_path / "m")
+    chat = [{"role": "user", "content": "Hi 12"}, {"role": "assistant", "content": "ok"}, {"role": "user", "content": "so"}, {"role": "assistant", "content": "no 3"}]
+    tokens, targets = train.encode_chat(chat, tokenizer)
+    assert tokenizer.decode(tokens) == tokenizer.chat(chat[:3]) + "no 3<|im_end|>"
+    assert tokens.tolist() == tokenizer.encode(tokenizer.chat(chat[:3]) + "no 3<|im_end|>")
+    assert tokenizer.decode(targets[targets != -100]) == "ok<|im_end|>no 3<|im_end|>"
+    assert all(targets[i] in (-100, tokens[i + 1]) for i in range(len(tokens) - 1)) and targets[-1] == -100
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"messages": chat} if i % 2 else {"question": f"{i} + 1 = ?", "answer": f"#### {i + 1}"}) for i in range(12)]
+    open("c.jsonl", "w").write("\n".join(lines))
+    data = train.ChatData(train.read_chats("c.jsonl", tokenizer, 200), tokenizer, 200, 2, 4, 0)
+    batch = data.batch(np.random.default_rng(0))
+    assert len(data.held_out) == 4 and len(batch.cu_seqlens) > 3 and len(batch.tokens) <= 400
+    for method in (["sft"], ["vlorp", "--chat", "--granularity", "8"]):
+        args = ["--method", *method, "--model", "m", "--data", "c.jsonl", "--seq_len", "200", "--steps", "8", "--eval_seqs", "4", "--lr", "0.01"]
+        train.main(args)
+        outcome = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert outcome["after"] < outcome["before"]
+    for line, words in (("{}", "line 13"), ('{"messages": []}', "no turn"), ('{"messages": [{"role": "assistant"}]}', "line 13"), ('{"question": "a", "answer": 5}', "line 13"),
+                        (json.dumps({"question": "a" * 999, "answer": "b"}), "more than --seq_len 200")):
+        open("d.jsonl", "w").write("\n".join([*lines, line]))
+        with pytest.raises(ValueError, match=words):
+            train.main([*args[:args.index("c.jsonl")], "d.jsonl", *args[args.index("c.jsonl") + 1:], "--out_dir", "x"])
+    with pytest.raises(ValueError, match="conversations want"):
+        train.main(["--method", "sft", "--model", "m"])
 
 
 def test_text_end_to_end(tmp_path, monkeypatch, capsys):

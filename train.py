@@ -3,6 +3,8 @@
     python train.py --method prulong                             # embedded: tiny model, fact stream, no download
     python train.py --method prulong --model DIR --data SRC      # a real Llama (Hugging Face layout) and real text
     python train.py --method lm --model DIR --data code=0.6:DIR,web=0.4:FILE.jsonl
+    python train.py --method sft --model DIR --data CHATS.jsonl  # loss on the assistant's words
+    python train.py --method vlorp --model DIR --data SRC --rank 1 --granularity 64
 
 A method is a class with param_groups, lr_scale, batch and loss, those that learn heads also with scores and mask (see LM here
 and PruLong in prulong.py); METHODS names them. Batch t is a pure
@@ -14,6 +16,7 @@ import dataclasses
 import json
 import math
 import os
+import resource
 import shutil
 import sys
 import sysconfig
@@ -26,6 +29,7 @@ from torch import nn
 from tqdm import tqdm
 
 import prulong
+import vlorp
 from eval_tasks import CURRICULUM, TINY, fact_stream, recall, tiny_model
 from model import (DTYPES, Batch, Llama, byte_tokenizer, check_device, flag, footprint, load_config, load_model, load_tokenizer, parse,
                    replacing, run, save_model, warmup_cosine, write_tensors)
@@ -33,7 +37,7 @@ from model import (DTYPES, Batch, Llama, byte_tokenizer, check_device, flag, foo
 
 @dataclass
 class Config:
-    method: str = flag("lm", "what to train", choices=("lm", "prulong", "duo"))
+    method: str = flag("lm", "what to train", choices=("lm", "sft", "vlorp", "prulong", "duo"))
     model: str | None = flag(None, "folder of a Llama; by default a tiny one (vocabulary of the data)")
     data: str | None = flag(None, "facts (embedded stream), stdlib (Python's own sources), a folder, text or jsonl file, or a "
                                   "mixture name=weight:PATH,... (default: facts, with --model stdlib)")
@@ -78,7 +82,7 @@ class LM:
         return model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, weights=batch.weights), {}
 
 
-METHODS = {"lm": (LM, None), "prulong": (prulong.PruLong, prulong.Config), "duo": (prulong.Duo, prulong.DuoConfig)}
+METHODS = {"lm": (LM, None), "sft": (LM, None), "vlorp": (vlorp.VLoRP, vlorp.Config), "prulong": (prulong.PruLong, prulong.Config), "duo": (prulong.Duo, prulong.DuoConfig)}
 
 
 # --- data: batch(rng) -> Batch, passkeys(rng, needles, words) -> Batch, held_out() -> batches ---------------------------
@@ -153,6 +157,68 @@ class TextData:
             haystack = np.concatenate([doc for _ in range(2) for doc in self.draw(rng)])
             samples.append(prulong.passkeys(self.tokenizer, haystack, length, rng, needles, words))
         return collate([tokens for tokens, _ in samples], [targets for _, targets in samples])
+
+
+class ChatData:
+    """Conversations, of which only the assistant's words are targets; a sequence packs whole ones up to seq_len tokens."""
+
+    def __init__(self, chats, tokenizer, seq_len, n_seq, n_held_out, seed):
+        self.chats = [chats[i] for i in np.random.default_rng(seed).permutation(len(chats))]
+        self.seq_len, self.n_seq, self.tokenizer = seq_len, n_seq, tokenizer
+        self.vocab_size = 1 + max(int(tokens.max()) for tokens, _ in chats)
+        if len(chats) <= n_held_out:
+            raise ValueError(f"--data has {len(chats)} conversations: too few to hold out {n_held_out} (--eval_seqs) and train on the rest")
+        self.held_out = [collate([tokens], [targets]) for tokens, targets in self.chats[:n_held_out]]
+        self.chats = self.chats[n_held_out:]
+
+    def batch(self, rng):
+        docs = []
+        for _ in range(self.n_seq):
+            room = self.seq_len
+            while len((chat := self.chats[rng.integers(len(self.chats))])[0]) <= room:
+                docs.append(chat)
+                room -= len(chat[0])
+        return collate([tokens for tokens, _ in docs], [targets for _, targets in docs])
+
+
+def read_chats(path, tokenizer, seq_len):
+    """(tokens, targets) of each line of a jsonl file: {"messages": [{"role", "content"}, ...]}, or {"question", "answer"} for one turn.
+
+    Targets are what the assistant writes and the end of its turn. Raises ValueError naming a line that is neither, has no assistant's
+    turn or is longer than seq_len tokens."""
+    chats = []
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                row = json.loads(line)
+                messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["question"]},
+                                                                      {"role": "assistant", "content": row["answer"]}]
+                chats.append(encode_chat(messages, tokenizer))
+            except (ValueError, TypeError, KeyError, RecursionError) as e:
+                raise ValueError(f"{path}, line {number}: want an object with messages, or question and answer ({e})") from None
+            if len(chats[-1][0]) > seq_len:
+                raise ValueError(f"{path}, line {number}: {len(chats[-1][0])} tokens, more than --seq_len {seq_len}")
+    if not chats:
+        raise ValueError(f"{path}: no conversations")
+    return chats
+
+
+def encode_chat(messages, tokenizer):
+    """Token ids of a conversation and its targets, both (n,): the prompt of each assistant's turn, then the turn."""
+    end = "<|im_end|>" if "<|im_end|>" in tokenizer.special else "<|eot_id|>"
+    ids, said, text = [], [], ""
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            prompt = tokenizer.chat(messages[:i])
+            before = tokenizer.encode(prompt[len(text):])
+            turn = tokenizer.encode(message["content"] + end)
+            ids += before + turn
+            said += [False] * len(before) + [True] * len(turn)
+            text = prompt + message["content"] + end
+    if not any(said):
+        raise ValueError("no turn of the assistant")
+    tokens, mask = torch.tensor(ids), torch.tensor(said[1:] + [False])
+    return tokens, torch.where(mask, tokens.roll(-1), -100)
 
 
 def collate(docs, targets=None) -> Batch:
@@ -285,7 +351,7 @@ def save_checkpoint(path, model, method, optimizer, about):
     """One safetensors file: learned tensors, optimizer state ("optimizer.INDEX.KEY"), and `about` as JSON in its header."""
     state = optimizer.state_dict()["state"]
     tensors = {name: p.detach() for name, p in learned(model, method).items()}
-    tensors |= {f"optimizer.{i}.{key}": value for i, values in state.items() for key, value in values.items()}
+    tensors |= {f"optimizer.{i}.{key}": torch.as_tensor(value) for i, values in state.items() for key, value in values.items()}
     write_tensors(path, tensors, {"about": json.dumps(about)})
 
 
@@ -293,20 +359,51 @@ def load_checkpoint(path, model, method, optimizer):
     """Put a checkpoint's tensors back; returns its `about`. Raises ValueError if it is not exactly what such a run saves."""
     about, tensors = read_checkpoint(path), read_tensor_file(path)
     own = learned(model, method)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
     want = {name: (p.shape, p.dtype) for name, p in own.items()}
-    for i, p in enumerate(trained):  # AdamW's state
-        want |= {f"optimizer.{i}.{key}": (p.shape, p.dtype) for key in ("exp_avg", "exp_avg_sq")}
-        want[f"optimizer.{i}.step"] = (torch.Size([]), torch.float32)
+    for i, keys in enumerate(state_like(optimizer)):
+        want |= {f"optimizer.{i}.{key}": like for key, like in keys.items()}
     got = {name: (t.shape, t.dtype) for name, t in tensors.items()}
     if odd := sorted(name for name in want.keys() | got.keys() if want.get(name) != got.get(name)):
         raise ValueError(f"{path}: {odd[0]} is missing, unexpected or of another shape")
     with torch.no_grad():
         for name, p in own.items():
             p.copy_(tensors[name])
-    state = {i: {key: tensors[f"optimizer.{i}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")} for i in range(len(trained))}
+    state = {i: {key: tensors[f"optimizer.{i}.{key}"] for key in keys} for i, keys in enumerate(state_like(optimizer))}
+    if isinstance(optimizer, vlorp.ProjFactor):
+        state = {i: values | {"step": values["step"].item()} for i, values in state.items()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return about
+
+
+def state_like(optimizer):
+    """Shape and dtype of each parameter's state after a step, by name, in the optimizer's order."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if isinstance(optimizer, vlorp.ProjFactor):
+                yield {"step": (torch.Size([]), torch.int64)} | {
+                    key: (torch.Size(shape), vlorp.wide(p)) for key, shape in optimizer.state_like(p, group).items()}
+            else:
+                yield {"step": (torch.Size([]), torch.float32), "exp_avg": (p.shape, p.dtype), "exp_avg_sq": (p.shape, p.dtype)}
+
+
+def adamw(method, model, config):
+    """The usual optimizer: a method's own parameters, then the weights, decay on matrices only."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    groups = method.param_groups() + [
+        dict(params=[p for p in weights if (p.dim() > 1) == matrix], lr=config.lr, weight_decay=config.weight_decay * matrix)
+        for matrix in (True, False)]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(0.9, 0.95))
+
+
+def clip_and_step(optimizer, clip) -> float:
+    """One update with clipped gradients, none if they are not finite; the gradients' norm before."""
+    if isinstance(optimizer, vlorp.ProjFactor):  # its gradients are projections by now: it clips them itself
+        optimizer.step()
+        return optimizer.norm
+    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip or math.inf).item()
+    if math.isfinite(norm):
+        optimizer.step()
+    return norm
 
 
 def read_checkpoint(path):
@@ -340,13 +437,8 @@ def fit(method, model, data, config, out_dir, about, autocast):
     """Train `method` for config.steps, from its checkpoint in out_dir if there is one. Returns its CPU seconds.
 
     Raises Diverged, naming the step and the last good checkpoint, before a non-finite gradient is applied."""
-    weights = [p for p in model.parameters() if p.requires_grad]
-    groups = method.param_groups() + [
-        dict(params=[p for p in weights if (p.dim() > 1) == matrix], lr=config.lr, weight_decay=config.weight_decay * matrix)
-        for matrix in (True, False)]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=(0.9, 0.95))
+    optimizer = method.optimizer(config.lr, config.weight_decay, config.clip) if hasattr(method, "optimizer") else adamw(method, model, config)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
     checkpoint, log = os.path.join(out_dir, "checkpoint.safetensors"), Log(os.path.join(out_dir, "log.jsonl"))
     done, seconds = 0, 0.0
     if os.path.exists(checkpoint):
@@ -370,11 +462,10 @@ def fit(method, model, data, config, out_dir, about, autocast):
             (loss * share).backward()
             total += loss.item() * share
             shown = {k: shown.get(k, 0.0) + v * share for k, v in metrics.items()}
-        norm = nn.utils.clip_grad_norm_(trained, config.clip or math.inf).item()
+        norm = clip_and_step(optimizer, config.clip) if math.isfinite(total) else math.nan
         if not math.isfinite(total) or not math.isfinite(norm):
             last = f"the last good checkpoint is step {done} in {checkpoint}" if done else "there is no checkpoint yet"
             raise Diverged(f"loss {total}, gradient norm {norm} at step {step}; {last}")
-        optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         log.write("step", step=step, loss=total, grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
                   tokens=sum(len(b.tokens) for b in batches), seconds=round(time.perf_counter() - tick, 4), **shown)
@@ -384,6 +475,10 @@ def fit(method, model, data, config, out_dir, about, autocast):
             save_checkpoint(checkpoint, model, method, optimizer,
                             about | {"step": done, "cpu_seconds": time.process_time() - start})
             log.write("checkpoint", step=step)
+    held = sum(x.nbytes for values in optimizer.state.values() for x in values.values() if torch.is_tensor(x))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    log.write("memory", optimizer_bytes=held, peak_resident_bytes=peak)
+    print(f"{about['method']}: optimizer state {held / 1e6:.2f} MB, peak resident memory {peak / 1e6:.0f} MB")
     return time.process_time() - start
 
 
@@ -533,16 +628,20 @@ def choose_dtype(config, llama):
 
 def build(config, settings, dtype):
     """The model to start from and its data."""
+    chat = config.method == "sft" or config.method == "vlorp" and settings.chat
     text, frozen = config.data != "facts", config.method == "duo" or getattr(settings, "train", "") == "masks"
     if config.model:
         model = load_model(config.model, config.device, DTYPES[dtype] if frozen else torch.float32)
-    elif text or config.method == "lm":
+    elif text or config.method in ("lm", "vlorp"):
         model = Llama(dataclasses.replace(TINY, vocab_size=258) if text else TINY).init_weights(config.seed)
     else:
         model = tiny_model(config.seed, f"out/tiny-seed{config.seed}")
     if text:
         tokenizer = load_tokenizer(config.model) if config.model else byte_tokenizer()
-        data = load_text(config.data, tokenizer, config.seq_len, config.batch, config.eval_seqs, config.seed)
+        if chat:
+            data = ChatData(read_chats(config.data, tokenizer, config.seq_len), tokenizer, config.seq_len, config.batch, config.eval_seqs, config.seed)
+        else:
+            data = load_text(config.data, tokenizer, config.seq_len, config.batch, config.eval_seqs, config.seed)
     else:
         data = FactData(config.seq_len, config.batch)
     if data.vocab_size > model.config.vocab_size:
@@ -564,6 +663,8 @@ def fill_defaults(config, settings):
     config = dataclasses.replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
     if config.checkpointing is None:
         config = dataclasses.replace(config, checkpointing=config.seq_len * config.batch >= 8192)
+    if (config.method == "sft" or getattr(settings, "chat", False)) and not (config.model and (config.data or "").endswith(".jsonl")):
+        raise ValueError("conversations want --model DIR and --data FILE.jsonl")
     if config.method in ("prulong", "duo") and not facts and not config.model:
         raise ValueError(f"--method {config.method} on text needs a trained model: --model DIR")
     return config
@@ -574,11 +675,11 @@ def main(argv=None):
     named = [b for a, b in zip(argv, argv[1:]) if a == "--method"] + [a[9:] for a in argv if a.startswith("--method=")]
     build_method, method_config = METHODS.get(named[-1] if named else "lm", METHODS["lm"])
     parsed = parse([Config, method_config] if method_config else [Config], argv, __doc__.split("\n")[0] +
-                   " More flags come with --method prulong and duo.")
+                   " More flags come with --method prulong, duo and vlorp.")
     settings = parsed[1] if method_config else None
     config = fill_defaults(parsed[0], settings)
     check_device(config.device)
-    if settings and settings.window + settings.sink >= config.seq_len:
+    if config.method in ("prulong", "duo") and settings.window + settings.sink >= config.seq_len:
         raise ValueError(f"--sink {settings.sink} and --window {settings.window} show a streaming head all of --seq_len {config.seq_len}")
     llama = load_config(config.model) if config.model else TINY
     about = check_out_dir(config.out_dir, config, settings)
@@ -598,7 +699,8 @@ def main(argv=None):
         empty(config.out_dir)
         log.write("config", **about, reason=reason, torch=torch.__version__, threads=torch.get_num_threads())
 
-    if config.method == "lm":
+    learns_heads = config.method in ("prulong", "duo")
+    if not learns_heads:
         before = score_masks(model, data, [torch.ones(llama.n_layer, llama.n_kv_head, dtype=torch.bool)], 0, 1, config, autocast)[2][0]
     results = {config.method: (method, fit(method, model, data, config, config.out_dir, about, autocast))}
     trained_weights = any(p.requires_grad for p in model.parameters())
@@ -607,8 +709,8 @@ def main(argv=None):
         for name in TOKENIZER_FILES:
             if config.model and os.path.exists(os.path.join(config.model, name)):
                 shutil.copy(os.path.join(config.model, name), config.out_dir)
-    if config.method == "lm":
-        outcome = report_lm(before, model, data, config, results["lm"][1], autocast)
+    if not learns_heads:
+        outcome = report_lm(before, model, data, config, results[config.method][1], autocast)
     else:
         prulong.save_heads(os.path.join(config.out_dir, "heads.tsv"), method.mask())
         prulong.save_heads(os.path.join(config.out_dir, "scores.tsv"), method.scores())

@@ -25,7 +25,7 @@ from fractions import Fraction
 import torch
 from torch import distributed
 
-from model import Llama, LlamaConfig, flag, parse, run
+from model import Llama, LlamaConfig, flag, parse, run, warmup_cosine
 
 SCHEMES = ("projfactor", "subspace", "original")
 
@@ -41,7 +41,7 @@ class ProjFactor(torch.optim.Optimizer):
     projected (GaLore's way, with a random basis); original keeps both in full size (a reference that saves nothing).
     max_norm clips the norm of all gradients, the projected ones by their projection (its expected square is the gradient's).
 
-    A step with a non-finite gradient is skipped and counted in `skipped`. With torch.distributed the projections are averaged
+    After step(), `norm` is the gradients' norm. A step with a non-finite gradient is skipped and counted in `skipped`. With torch.distributed the projections are averaged
     over processes (the same seed everywhere): n M numbers instead of n m. Every backward until step() adds one micro-batch.
     State: tensors and ints only, so a checkpoint loads with weights_only=True; per matrix 4 (n M + n + m) bytes.
     Raises ValueError naming the parameter whose shape does not fit.
@@ -56,7 +56,7 @@ class ProjFactor(torch.optim.Optimizer):
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         super().__init__(params, dict(lr=lr, rank=rank, granularity=granularity, betas=betas, eps=eps, weight_decay=weight_decay,
                                       proj_every=proj_every, seed=seed, basis=basis, scheme=scheme, at_refresh=at_refresh))
-        self.max_norm, self.skipped, self.index = max_norm, 0, {}
+        self.max_norm, self.norm, self.skipped, self.index = max_norm, 0.0, 0, {}
         for group in self.param_groups:
             for p in group["params"]:
                 self.index[p] = len(self.index)
@@ -101,11 +101,11 @@ class ProjFactor(torch.optim.Optimizer):
             for g in gradients.values():
                 distributed.all_reduce(g)
                 g /= distributed.get_world_size()
-        norm = torch.stack([g.float().norm() for g in gradients.values()]).norm().item() if gradients else 0.0
-        if not math.isfinite(norm):
+        self.norm = torch.stack([g.float().norm() for g in gradients.values()]).norm().item() if gradients else 0.0
+        if not math.isfinite(self.norm):
             self.skipped += 1
             return loss
-        scale = 1.0 if self.max_norm is None else min(1.0, self.max_norm / (norm + 1e-6))
+        scale = 1.0 if self.max_norm is None else min(1.0, self.max_norm / (self.norm + 1e-6))
         for p, group in self.groups():
             if p in gradients:
                 update = self.projected_update if projected(p, group) else self.plain_update
@@ -160,6 +160,15 @@ class ProjFactor(torch.optim.Optimizer):
             if i in state_dict["state"]:
                 self.state[p] = {k: v.to(p.device, copy=True) if torch.is_tensor(v) else v for k, v in state_dict["state"][i].items()}
 
+    def state_like(self, p, group) -> dict:
+        """Shapes of the float state of a parameter that has been updated, by name; besides it has an int, `step`."""
+        full, rows = tuple(p.shape), (view_shape(p, group)[0], group["rank"]) if projected(p, group) else None
+        if rows is None or group["scheme"] == "original":
+            return {"m": full, "v": full}
+        if group["scheme"] == "subspace":
+            return {"m": rows, "v": rows}
+        return {"m": rows, "row": full[:1], "column": full[1:]}
+
     def state_bytes(self) -> int:
         """Bytes of all state tensors."""
         return sum(x.nbytes for state in self.state.values() for x in state.values() if torch.is_tensor(x))
@@ -210,10 +219,44 @@ def param_groups(model):
     return [{"params": inside}, {"params": [p for p in model.parameters() if id(p) not in known], "rank": None, "weight_decay": 0.0}]
 
 
-# --- demo ---------------------------------------------------------------------------------------------------------------
+# --- fine-tuning with it: train.py --method vlorp -----------------------------------------------------------------------------
 
 @dataclass
 class Config:
+    rank: int = flag(1, "rank r of each projected row; what is stored is granularity times rank per row", low=1, high=10 ** 6)
+    granularity: float = flag(64.0, "rows that a gradient's row is cut into; below 1 rows are glued (0.25: four)", low=1e-6, high=1e6)
+    proj_every: int = flag(30, "steps between two draws of the projections", low=1)
+    basis: str = flag("normal", "of the projections", choices=("normal", "rademacher"))
+    scheme: str = flag("projfactor", "what of the moments is projected", choices=SCHEMES)
+    at_refresh: str = flag("keep", "the first moment when the projections are drawn anew", choices=("keep", "reset"))
+    chat: bool = flag(False, "data are conversations, as for --method sft")
+
+
+class VLoRP:
+    """Language modelling with projected gradients: matrices of the layers by ProjFactor, all else by AdamW."""
+
+    def __init__(self, model, config: Config, seed: int):
+        self.model, self.config, self.seed = model, config, seed
+
+    def optimizer(self, lr, weight_decay, clip):
+        c = self.config
+        return ProjFactor(param_groups(self.model), lr, c.rank, c.granularity, weight_decay=weight_decay, proj_every=c.proj_every, seed=self.seed,
+                          basis=c.basis, scheme=c.scheme, at_refresh=c.at_refresh, max_norm=clip or None)
+
+    def lr_scale(self, step, steps, warmup, min_lr):
+        return warmup_cosine(step, steps, warmup, min_lr)
+
+    def batch(self, data, rng):
+        return data.batch(rng)
+
+    def loss(self, model, batch, step, steps, rng):
+        return model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, weights=batch.weights), {}
+
+
+# --- demo ---------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Demo:
     steps: int = flag(60, "of each fine-tuning run", low=1)
     lr: float = flag(1e-2, "of the projected runs; AdamW takes a third", low=0)
     seed: int = flag(0, "of weights, data and projections", low=0)
@@ -247,7 +290,7 @@ def run_steps(model, optimizer, data, steps, rng, n_seq=8, length=64):
 
 
 def main():
-    config, = parse([Config], description="Fine-tune a small byte model with AdamW and with projected gradients of equal budget M = 8.")
+    config, = parse([Demo], description="Fine-tune a small byte model with AdamW and with projected gradients of equal budget M = 8.")
     llama = LlamaConfig(vocab_size=256, n_layer=2, n_head=4, n_kv_head=4, n_embd=64, n_ff=128, head_dim=16, tie_embeddings=True)
     base, rng = Llama(llama).init_weights(config.seed), torch.Generator().manual_seed(config.seed)
     run_steps(base, torch.optim.Adam(base.parameters(), lr=3e-3), source_bytes(["asyncio", "email", "http"]), 300, rng)
