@@ -109,13 +109,17 @@ class ProjFactor(torch.optim.Optimizer):
         for p, group in self.groups():
             if p in gradients:
                 update = self.projected_update if projected(p, group) else self.plain_update
-                change = update(p, group, gradients[p].to(wide(p)) * scale)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(change.to(p.dtype), alpha=-group["lr"])
+                above, below = update(p, group, gradients[p].to(wide(p)) * scale)
+                if group["weight_decay"]:
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                if p.dtype == above.dtype:
+                    p.addcdiv_(above, below, value=-group["lr"])  # one pass instead of two
+                else:
+                    p.add_((above / below).to(p.dtype), alpha=-group["lr"])
         return loss
 
     def projected_update(self, p, group, small):
-        """The change of a matrix per unit of learning rate, its first moment updated by small (n c, r)."""
+        """The change of a matrix per unit of learning rate as a fraction, the state updated by small (n c, r)."""
         state, (b1, b2), eps = self.state[p], group["betas"], group["eps"]
         basis = self.basis(p, group, state.get("step", 0))
         refreshed = state.get("step", 0) and state["step"] % group["proj_every"] == 0
@@ -125,26 +129,25 @@ class ProjFactor(torch.optim.Optimizer):
         if group["scheme"] == "original":
             full = back(small)
             m, v = moments(state, full, full.square(), b1, b2)
-            return correction * m / (v.sqrt() + eps)
+            return correction * m, v.sqrt().add_(eps)
         if refreshed and group["at_refresh"] == "reset":
             state["m"].zero_()
         if group["scheme"] == "subspace":
             m, v = moments(state, small, small.square(), b1, b2)
-            return correction * back(m / (v.sqrt() + eps))
-        square = back(small).square_()
-        row, column = state.setdefault("row", square.new_zeros(len(square))), state.setdefault("column", square.new_zeros(square.shape[1]))
-        row.mul_(b2).add_(square.sum(1), alpha=1 - b2)
-        column.mul_(b2).add_(square.sum(0), alpha=1 - b2)
+            return back(correction * m / (v.sqrt() + eps)), torch.ones((), device=p.device)
+        for name, sums in zip(("row", "column"), square_sums(small, basis, p)):
+            state.setdefault(name, torch.zeros_like(sums)).mul_(b2).add_(sums, alpha=1 - b2)
+        row, column = state["row"], state["column"]
         m = state.setdefault("m", torch.zeros_like(small)).mul_(b1).add_(small, alpha=1 - b1)
-        root = torch.outer((row / row.sum().clamp_min(1e-30)).sqrt_(), column.sqrt())  # sqrt(V), V = R C^T / sum(R)
-        return back(m).div_(root.add_(eps)).mul_(correction)
+        root = torch.addr(row.new_full((1, 1), eps), (row / row.sum().clamp_min(1e-30)).sqrt_(), column.sqrt())
+        return back(m * correction), root  # sqrt(V) + eps, V = R C^T / sum(R)
 
     def plain_update(self, p, group, grad):
-        """AdamW's change per unit of learning rate (arXiv:1711.05101)."""
+        """AdamW's change per unit of learning rate as a fraction (arXiv:1711.05101)."""
         state, (b1, b2) = self.state[p], group["betas"]
         state["step"] = state.get("step", 0) + 1
         m, v = moments(state, grad, grad.square(), b1, b2)
-        return m / (1 - b1 ** state["step"]) / ((v / (1 - b2 ** state["step"])).sqrt() + group["eps"])
+        return m / (1 - b1 ** state["step"]), (v / (1 - b2 ** state["step"])).sqrt_().add_(group["eps"])
 
     def zero_grad(self, set_to_none=True):
         """Forget this step's gradients, the projected sums too."""
@@ -210,6 +213,20 @@ def from_rows(rows, p):
     """The inverse of as_rows: (n c, m / c) -> the shape of p."""
     n, m = max(p.shape), min(p.shape)
     return rows.reshape(n, m) if p.shape[0] >= p.shape[1] else rows.reshape(n, m).T
+
+
+def square_sums(small, basis, p):
+    """Sums of Go^2 over columns and over rows, (p.shape[0],) and (p.shape[1],), without forming Go where every unit lies in one row:
+    (Gs P^T)^2 summed over a unit is Gs (P^T P) Gs^T, and summed over rows P (Gs^T Gs) P^T."""
+    n, m, r = max(p.shape), min(p.shape), small.shape[1]
+    if len(small) % n:  # units of more than one row
+        square = (small @ basis.T).reshape(n, m).square_()
+        sums = square.sum(1), square.sum(0)
+    else:
+        flat = small.view(n, -1)  # (n, c r)
+        grams = (flat.T @ flat).unflatten(0, (-1, r)).unflatten(2, (-1, r)).diagonal(dim1=0, dim2=2)  # Gs^T Gs of each unit, (r, r, c)
+        sums = ((small @ (basis.T @ basis)) * small).view(n, -1).sum(1), torch.einsum("kr,rsc,ks->ck", basis, grams, basis).flatten()
+    return sums if p.shape[0] >= p.shape[1] else sums[::-1]
 
 
 def param_groups(model):
