@@ -64,10 +64,10 @@ class Config:
 
 
 class LM:
-    """Plain language modelling: all weights, mean loss over the targets."""
+    """Plain language modelling: all weights, mean loss over the targets. settings: vlorp's, for projected gradients."""
 
-    def __init__(self, model, config: Config, seed: int):
-        pass
+    def __init__(self, model, settings, seed: int):
+        self.settings = settings
 
     def param_groups(self):
         return []
@@ -82,7 +82,7 @@ class LM:
         return model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, weights=batch.weights), {}
 
 
-METHODS = {"lm": (LM, None), "sft": (LM, None), "vlorp": (vlorp.VLoRP, vlorp.Config), "prulong": (prulong.PruLong, prulong.Config), "duo": (prulong.Duo, prulong.DuoConfig)}
+METHODS = {"lm": (LM, None), "sft": (LM, None), "vlorp": (LM, vlorp.Config), "prulong": (prulong.PruLong, prulong.Config), "duo": (prulong.Duo, prulong.DuoConfig)}
 
 
 # --- data: batch(rng) -> Batch, passkeys(rng, needles, words) -> Batch, held_out() -> batches ---------------------------
@@ -386,8 +386,10 @@ def state_like(optimizer):
                 yield {"step": (torch.Size([]), torch.float32), "exp_avg": (p.shape, p.dtype), "exp_avg_sq": (p.shape, p.dtype)}
 
 
-def adamw(method, model, config):
-    """The usual optimizer: a method's own parameters, then the weights, decay on matrices only."""
+def make_optimizer(method, model, config):
+    """AdamW on a method's own parameters, then the weights, decay on matrices only; or what vlorp makes."""
+    if config.method == "vlorp":
+        return vlorp.make_optimizer(model, method.settings, config.lr, config.weight_decay, config.clip, config.seed)
     weights = [p for p in model.parameters() if p.requires_grad]
     groups = method.param_groups() + [
         dict(params=[p for p in weights if (p.dim() > 1) == matrix], lr=config.lr, weight_decay=config.weight_decay * matrix)
@@ -437,7 +439,7 @@ def fit(method, model, data, config, out_dir, about, autocast):
     """Train `method` for config.steps, from its checkpoint in out_dir if there is one. Returns its CPU seconds.
 
     Raises Diverged, naming the step and the last good checkpoint, before a non-finite gradient is applied."""
-    optimizer = method.optimizer(config.lr, config.weight_decay, config.clip) if hasattr(method, "optimizer") else adamw(method, model, config)
+    optimizer = make_optimizer(method, model, config)
     peaks = [group["lr"] for group in optimizer.param_groups]
     checkpoint, log = os.path.join(out_dir, "checkpoint.safetensors"), Log(os.path.join(out_dir, "log.jsonl"))
     done, seconds = 0, 0.0

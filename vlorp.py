@@ -25,7 +25,7 @@ from fractions import Fraction
 import torch
 from torch import distributed
 
-from model import Llama, LlamaConfig, flag, parse, run, warmup_cosine
+from model import Llama, LlamaConfig, flag, parse, run
 
 SCHEMES = ("projfactor", "subspace", "original")
 
@@ -249,25 +249,10 @@ class Config:
     chat: bool = flag(False, "data are conversations, as for --method sft")
 
 
-class VLoRP:
-    """Language modelling with projected gradients: matrices of the layers by ProjFactor, all else by AdamW."""
-
-    def __init__(self, model, config: Config, seed: int):
-        self.model, self.config, self.seed = model, config, seed
-
-    def optimizer(self, lr, weight_decay, clip):
-        c = self.config
-        return ProjFactor(param_groups(self.model), lr, c.rank, c.granularity, weight_decay=weight_decay, proj_every=c.proj_every, seed=self.seed,
-                          basis=c.basis, scheme=c.scheme, at_refresh=c.at_refresh, max_norm=clip or None)
-
-    def lr_scale(self, step, steps, warmup, min_lr):
-        return warmup_cosine(step, steps, warmup, min_lr)
-
-    def batch(self, data, rng):
-        return data.batch(rng)
-
-    def loss(self, model, batch, step, steps, rng):
-        return model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, weights=batch.weights), {}
+def make_optimizer(model, config: Config, lr, weight_decay, clip, seed) -> ProjFactor:
+    """ProjFactor for a Llama: matrices of the layers projected, all else by AdamW; clip 0 clips nothing."""
+    return ProjFactor(param_groups(model), lr, config.rank, config.granularity, weight_decay=weight_decay, proj_every=config.proj_every,
+                      seed=seed, basis=config.basis, scheme=config.scheme, at_refresh=config.at_refresh, max_norm=clip or None)
 
 
 # --- demo ---------------------------------------------------------------------------------------------------------------
