@@ -169,8 +169,18 @@ class Linear(nn.Linear):
     def __init__(self, n_in, n_out):
         super().__init__(n_in, n_out, bias=False)
 
+    def reset_parameters(self):
+        if not self.weight.is_meta:  # drawing on the meta device would import for a second
+            super().reset_parameters()
+
     def forward(self, x):
         return linear(x, self.weight)
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self):
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class RMSNorm(nn.RMSNorm):
@@ -257,7 +267,7 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embed_tokens = Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
 
