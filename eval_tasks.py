@@ -600,16 +600,14 @@ def padding(rng, n) -> str:
 def build_one(name, i, length, seed, tokenizer, chat=False) -> Example:
     """Example i of a procedural task whose prompt has `length` tokens: as many items as fit, then padding."""
     task = TASKS[name]
-
-    def draft(m, n_pad):
-        made = task.make(random.Random(f"{name}-{seed}-{i}"), m)  # the same for a given i, whatever n is
-        return made._replace(before=padding(random.Random(i), n_pad) + made.before)
-    size = lambda m, n_pad: len(to_example(name, draft(m, n_pad), tokenizer, chat, 0).prompt)
-    if (need := size(task.least, 0)) > length:
+    make = lambda m: task.make(random.Random(f"{name}-{seed}-{i}"), m)  # the same for a given i, whatever n is
+    pad = lambda draft, n: draft._replace(before=padding(random.Random(i), n) + draft.before)
+    size = lambda draft: len(to_ids(tokenizer, draft.before + draft.context + draft.after, draft.prefix, chat))
+    if (need := size(make(task.least))) > length:
         raise ValueError(f"task {name} needs prompts of at least {need} tokens, got {length}")
-    m = largest(lambda m: size(m, 0) <= length, task.least)
-    n_pad = largest(lambda n_pad: size(m, n_pad) <= length, 0)
-    example = to_example(name, draft(m, n_pad), tokenizer, chat, task.max_new_tokens)
+    draft = make(largest(lambda m: size(make(m)) <= length, task.least))
+    draft = pad(draft, largest(lambda n: size(pad(draft, n)) <= length, 0))
+    example = to_example(name, draft, tokenizer, chat, task.max_new_tokens)
     needed = 11 * len(tokenizer.encode(example.gold.get("reference_output", ""))) // 10  # small vocabularies take more tokens
     return replace(example, max_new_tokens=max(needed, task.max_new_tokens))
 
@@ -1342,7 +1340,7 @@ def read_icl(folder, file, n, seed, shots=None, text="text", label="label"):
     if not all(type(row[label]) is int and 0 <= row[label] < 10 ** 4 for row in train + test):
         raise ValueError(f"labels must be numbers from 0 to 9999 in field {label!r}")
     for row in balanced(shuffled(test, seed), label, n, seed):
-        own = (int(hashlib.sha256(row[text].encode()).hexdigest(), 16) + seed) % 2 ** 31
+        own = (digest(row[text]) + seed) % 2 ** 31
         numbers = list(range(n_label))
         random.Random(own).shuffle(numbers)
         shown = "\n\n".join(f"{r[text]}\nlabel: {numbers[r[label]]}" for r in balanced(train, label, shots, own))
@@ -1511,8 +1509,7 @@ def load(task, path, n=100, seed=42, tokenizer=None, length=None, chat=None) -> 
     if os.path.isfile(path):  # every file lies one folder below the root
         folder = os.path.dirname(os.path.dirname(os.path.abspath(path)))
         file = os.path.relpath(os.path.abspath(path), folder)
-    can_chat = bool({"<|im_start|>", "<|start_header_id|>"} & tokenizer.special.keys())
-    chat = spec.chat and can_chat if chat is None else chat
+    chat = spec.chat and tokenizer.has_chat if chat is None else chat
     try:
         drafts = list(spec.read(folder, file, n, seed, **more))
         for draft in drafts:
@@ -1893,8 +1890,6 @@ def read_results(path) -> dict:
     done, good = {}, 0
     if not os.path.exists(path):
         return done
-    if not os.path.isfile(path):
-        raise ValueError(f"--out {path} is not a file")
     with open(path, "rb") as f:
         for line in f:
             torn = not line.endswith(b"\n")
@@ -1973,9 +1968,9 @@ def examples_of(config, name, length, policies, tokenizer):
 def run_search(config, name, model, tokenizer, done, who):
     """Rows of a LitSearch task, one per query."""
     data = litsearch_data(config.data)
-    digest_ = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
+    corpus = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
     chosen = random.Random(42).sample(range(len(data[2])), min(config.n, len(data[2])))
-    keys = {i: json.dumps([*who, name, digest_, i]) for i in chosen}
+    keys = {i: json.dumps([*who, name, corpus, i]) for i in chosen}
 
     def ask(prompt):
         return tokenizer.decode(generate(model, to_ids(tokenizer, prompt, "", config.chat), 60, stop_ids=tokenizer.eos_ids))

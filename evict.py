@@ -16,8 +16,6 @@ PyramidKV 2406.02069, H2O 2306.14048, TOVA 2401.06104, key norms 2406.11430, Duo
 """
 import json
 import math
-import resource
-import sys
 import time
 from dataclasses import dataclass, fields
 from fractions import Fraction
@@ -27,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attention_triton import attention
-from model import DTYPES, KVCache, Llama, LlamaConfig, flag, generate, load_model, parse, rope, rotate, run
+from model import DTYPES, KVCache, Llama, LlamaConfig, flag, generate, load_model, parse, peak_memory, rope, rotate, run
 
 # --- which entries a rule prefers -------------------------------------------------------------------------------------
 # Each takes what the cache knows of some KV heads of one layer and returns scores (heads, n), higher = keep:
@@ -449,8 +447,7 @@ def main():
     model = load_model(config.model, dtype=DTYPES[config.dtype])
     tokens = torch.randint(min(model.config.vocab_size, 30000), (config.length,), generator=torch.Generator().manual_seed(0))
     values = measure(model, tokens, config.new, EvictingCache(model, settings))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print(json.dumps({"policy": settings.policy, "length": config.length, **values, "peak_resident_bytes": peak}))
+    print(json.dumps({"policy": settings.policy, "length": config.length, **values, "peak_resident_bytes": peak_memory()}))
 
 
 if __name__ == "__main__":

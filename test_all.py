@@ -1521,7 +1521,7 @@ def test_scorers_on_a_file_of_cases():
 
 
 def test_stemmer_and_rouge():
-    """Stems as published in Porter's vocabulary and NLTK's extensions; ROUGE-L against every subsequence."""
+    """Stems of Porter's own examples and of NLTK's extensions; ROUGE-L against every subsequence."""
     for words, stems in (("caresses ponies ties caress cats feed agreed plastered bled motoring sing conflated troubled sized hopping falling",
                           "caress poni tie caress cat feed agre plaster bled motor sing conflat troubl size hop fall"),
                          ("relational conditional valenci hesitanci digitizer conformabli radicalli happy sky dying news enjoy say ion",

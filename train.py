@@ -16,7 +16,6 @@ import dataclasses
 import json
 import math
 import os
-import resource
 import shutil
 import sys
 import sysconfig
@@ -31,7 +30,7 @@ from tqdm import tqdm
 import prulong
 import vlorp
 from eval_tasks import CURRICULUM, TINY, fact_stream, recall, tiny_model
-from model import (DTYPES, Batch, Llama, byte_tokenizer, check_device, flag, footprint, load_config, load_model, load_tokenizer, parse,
+from model import (DTYPES, Batch, Llama, byte_tokenizer, check_device, flag, footprint, load_config, load_model, load_tokenizer, parse, peak_memory,
                    replacing, run, save_model, warmup_cosine, write_tensors)
 
 
@@ -478,7 +477,7 @@ def fit(method, model, data, config, out_dir, about, autocast):
                             about | {"step": done, "cpu_seconds": time.process_time() - start})
             log.write("checkpoint", step=step)
     held = sum(x.nbytes for values in optimizer.state.values() for x in values.values() if torch.is_tensor(x))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = peak_memory()
     log.write("memory", optimizer_bytes=held, peak_resident_bytes=peak)
     print(f"{about['method']}: optimizer state {held / 1e6:.2f} MB, peak resident memory {peak / 1e6:.0f} MB")
     return time.process_time() - start

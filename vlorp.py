@@ -41,8 +41,9 @@ class ProjFactor(torch.optim.Optimizer):
     projected (GaLore's way, with a random basis); original keeps both in full size (a reference that saves nothing).
     max_norm clips the norm of all gradients, the projected ones by their projection (its expected square is the gradient's).
 
-    After step(), `norm` is the gradients' norm. A step with a non-finite gradient is skipped and counted in `skipped`. With torch.distributed the projections are averaged
-    over processes (the same seed everywhere): n M numbers instead of n m. Every backward until step() adds one micro-batch.
+    After step(), `norm` is the gradients' norm. A step with a non-finite gradient is skipped and counted in `skipped`. With
+    torch.distributed the projections are averaged over processes (the same seed everywhere): n M numbers instead of n m. Every
+    backward until step() adds one micro-batch.
     State: tensors and ints only, so a checkpoint loads with weights_only=True; per matrix 4 (n M + n + m) bytes.
     Raises ValueError naming the parameter whose shape does not fit.
     Source: arXiv:2505.01744 and its released code (eps outside the root, against the second moment as it is)."""
@@ -57,9 +58,9 @@ class ProjFactor(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, rank=rank, granularity=granularity, betas=betas, eps=eps, weight_decay=weight_decay,
                                       proj_every=proj_every, seed=seed, basis=basis, scheme=scheme, at_refresh=at_refresh))
         self.max_norm, self.norm, self.skipped, self.index = max_norm, 0.0, 0, {}
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             for p in group["params"]:
-                self.index[p] = len(self.index)
+                self.index[p] = len(self.index), number  # groups by number: loading a state makes new ones
                 if projected(p, group):
                     view_shape(p, group)  # refuses what does not fit
                     p.register_post_accumulate_grad_hook(self.take)
@@ -71,7 +72,7 @@ class ProjFactor(torch.optim.Optimizer):
     @torch.no_grad()
     def take(self, p):
         """Project p.grad, add it to what this step has of it so far, and free it."""
-        group = next(g for q, g in self.groups() if q is p)
+        group = self.param_groups[self.index[p][1]]
         state = self.state[p]
         small = as_rows(p.grad, group) @ self.basis(p, group, state.get("step", 0))
         state["sum"] = state["sum"].add_(small) if "sum" in state else small
@@ -79,7 +80,7 @@ class ProjFactor(torch.optim.Optimizer):
 
     def basis(self, p, group, step):
         """P (m / c, r) of the window that holds this step: the same on every machine and device."""
-        text = f"{group['seed']} {step // group['proj_every']} {self.index[p]}"
+        text = f"{group['seed']} {step // group['proj_every']} {self.index[p][0]}"
         rng = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1)
         shape, scale = (view_shape(p, group)[1], group["rank"]), group["rank"] ** -0.5
         draw = torch.randn(shape, generator=rng) if group["basis"] == "normal" else torch.randint(2, shape, generator=rng).mul_(2).sub_(1).float()
