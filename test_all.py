@@ -1599,6 +1599,36 @@ def test_countdown_search_is_complete():
     assert seen == {True, False}
 
 
+def test_belief_traces_follow_from_the_story():
+    """The story's sentences replayed on their own give every state and belief of the trace."""
+    for seed in range(20):
+        story, who, what, trace = eval_tasks.tom_story(random.Random(seed), 30)
+        at, lies, belief, states = {}, {}, None, []
+        for sentence in story:
+            step = sentence.startswith("Step")
+            text = re.sub(r"^Step \d+: ", "", sentence).rstrip(".")
+            if found := re.fullmatch(r"(\w+) is in the (.+)", text) or re.fullmatch(r"(\w+) (?:moves to|enters) the (\w+)", text):
+                at[found[1]] = found[2]
+            elif found := re.fullmatch(r"The (.+) is on the (.+'s .+)", text):
+                lies[found[1]] = found[2]
+            elif found := re.fullmatch(r"(\w+) leaves the (\w+)", text):
+                assert at[found[1]] == found[2]
+                at[found[1]] = None
+            elif found := re.fullmatch(r"(\w+) moves to the (\w+) with the (.+) and puts it on the (.+'s .+)", text):
+                assert lies[found[3]].startswith(at[found[1]] + "'s") and found[4].startswith(found[2] + "'s")
+                at[found[1]], lies[found[3]] = found[2], found[4]
+            else:
+                found = re.fullmatch(r"(\w+) moves the (.+) to the (.+'s .+)", text)
+                assert lies[found[2]].startswith(at[found[1]] + "'s") and found[3].startswith(at[found[1]] + "'s") and lies[found[2]] != found[3]
+                lies[found[2]] = found[3]
+            if step or sentence == story[3]:  # two agents and two objects stand first
+                sees = lies[what].split("'s ")[0] == at[who]
+                belief = lies[what] if sees else belief
+                states.append(f"{{{who} location: {at[who]}; {what} location: {lies[what]}; {who} sees {what}: {sees}; {who}'s belief on {what}: {belief}}}")
+        lines = trace.split("\n")
+        assert [line[line.index("{"):] for line in lines[1:-1]] == states and len(states) == 31 and lines[-1] == f"Final Answer: the {belief}"
+
+
 def test_travel_problems_have_one_plan():
     """Against every order of the cities."""
     for i in range(4):
