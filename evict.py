@@ -24,50 +24,33 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from attention_triton import attention
+from attention_triton import attention, column_sums
 from model import DTYPES, KVCache, Llama, LlamaConfig, flag, generate, load_model, parse, peak_memory, rope, rotate, run
 
 # --- which entries a rule prefers -------------------------------------------------------------------------------------
 # Each takes what the cache knows of some KV heads of one layer and returns scores (heads, n), higher = keep:
 # q (R, heads, G, D) the last R queries, q_pos (R,); k (heads, n, D) the entries, pos (heads, n).
 
-
-@torch.no_grad()
-def attention_weights(q, q_pos, k, pos, n_late):
-    """softmax_float32(q k^T / sqrt(D)) over the entries a query can see, (heads, G, R, n).
-
-    Of the entries, the last n_late at most are later than some query: only there is anything to hide."""
-    rows = (q.float() * q.shape[-1] ** -0.5).permute(1, 2, 0, 3).flatten(1, 2)  # (heads, G * R, D)
-    s = (rows @ k.float().mT).unflatten(1, (-1, len(q)))  # (heads, G, R, n)
-    s[..., -n_late:].masked_fill_(pos[:, None, None, -n_late:] > q_pos[:, None], -math.inf)
-    return torch.softmax(s, -1, out=s)
-
-
 def window_scores(q, q_pos, k, pos, n_scored, pool="avg", kernel=5, reduce="mean"):
     """SnapKV: attention that the last queries pay to each of the first n_scored entries, smoothed along the sequence.
 
     avg pooling counts the zeros beyond the edges, as the released code does: the first and last tokens score lower.
     reduce joins the query heads of a KV head after pooling: mean (the same ranking as their sum) or max."""
-    weights = attention_weights(q, q_pos, k, pos, len(q))[..., :n_scored].sum(2)  # (heads, G, n_scored)
+    weights = column_sums(q, q_pos, k, pos, len(q))[..., :n_scored]  # (heads, G, n_scored)
     if n_scored:
         smooth = F.avg_pool1d if pool == "avg" else F.max_pool1d
         weights = smooth(weights, kernel, stride=1, padding=kernel // 2)
     return weights.mean(1) if reduce == "mean" else weights.amax(1)  # (heads, n_scored)
 
 
-def column_sums(q, q_pos, k, pos, rows=256):
-    """H2O: attention that each entry receives from *all* queries of the step, a block of rows at a time; (heads, n)."""
-    total = k.new_zeros(k.shape[:2], dtype=torch.float32)
-    for start in range(0, len(q), rows):
-        part = slice(start, start + rows)
-        total += attention_weights(q[part], q_pos[part], k, pos, len(q) - start).sum((1, 2))
-    return total
+def heavy_hitter_scores(q, q_pos, k, pos):
+    """H2O: attention that each entry receives from *all* queries of the step; (heads, n)."""
+    return column_sums(q, q_pos, k, pos, len(q)).sum(1)
 
 
 def last_query_scores(q, q_pos, k, pos):
     """TOVA: the last query's attention, averaged over all heads: one ranking for the whole layer."""
-    weights = attention_weights(q[-1:], q_pos[-1:], k, pos, 1)[:, :, 0]  # (heads, G, n)
-    return weights.mean((0, 1)).expand(k.shape[:2])
+    return column_sums(q[-1:], q_pos[-1:], k, pos, 1).mean((0, 1)).expand(k.shape[:2])
 
 
 def norm_scores(k):
@@ -327,7 +310,7 @@ class EvictingCache(KVCache):
         q_pos = torch.arange(end - len(q), end, device=q.device)
         if s.policy == "tova":
             return last_query_scores(q[:, heads], q_pos, keys, pos)[:, :n]
-        return self.note(layer, heads, column_sums(q[:, heads], q_pos, keys, pos)[:, :n], add=True)
+        return self.note(layer, heads, heavy_hitter_scores(q[:, heads], q_pos, keys, pos)[:, :n], add=True)
 
     def note(self, layer, heads, fresh, add):
         """Notes on all that these heads hold, (heads, n), with fresh ones added to the old or put behind them."""

@@ -4,8 +4,10 @@ Tests that want a real pretrained Llama read its folder from LLAMA_DIR and are s
 """
 import ast
 import base64
+import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -36,7 +38,7 @@ import model as model_file
 import prulong
 import train
 import vlorp
-from attention_triton import attention
+from attention_triton import attention, key_blocks, query_blocks
 from model import Batch, KVCache, Llama, LlamaConfig, cross_entropy, generate, load_model, load_tokenizer, rope_frequencies, save_model
 
 
@@ -156,6 +158,281 @@ def test_attention_refuses_what_does_not_fit():
         args = dict(q=q, k=k, v=k, cu_q=[0, 4], cu_k=[0, 4]) | bad
         with pytest.raises(ValueError, match=words):
             attention(**args)
+
+
+# --- attention: the Triton kernels --------------------------------------------------------------------------------------
+# Triton either interprets or compiles, for the whole life of a process: both happen in processes of their own.
+
+INTERPRETED = ["modes", "random_shapes", "work", "poison", "low_precision", "strided_views", "decoding", "columns"]
+COMPILED = ["other_builds", "half", "float32", "bad_block"]
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory):
+    """name -> future of `test_all.<name>()` in a process of its own; two at a time, each with one thread."""
+    common = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    common |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    here = os.path.dirname(os.path.abspath(__file__))
+    run = lambda name, **env: subprocess.run([sys.executable, "-c", f"import test_all; test_all.{name}()"], env=common | env,
+                                             text=True, capture_output=True, cwd=here)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        futures = {f"interpreted_{name}": pool.submit(run, f"interpreted_{name}", TRITON_INTERPRET="1") for name in INTERPRETED}
+        yield futures | {f"compiled_{name}": pool.submit(run, f"compiled_{name}") for name in COMPILED}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_kernels_interpreted(apart, name):
+    done = apart[f"interpreted_{name}"].result()
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_kernels_compiled(apart, name):
+    done = apart[f"compiled_{name}"].result()
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def kernel_case(rng, lengths_q, lengths_k, n_kv_head=2, n_rep=2, head_dim=16, dtype=torch.float32, tol=2e-5, device="cpu", **options):
+    """The kernels against the definition in float64, and the same again for PyTorch: out, lse, dQ, dK, dV."""
+    cu_q, cu_k = bounds(lengths_q), bounds(lengths_k)
+    q, k, v, g = (torch.randn(n, h, head_dim, generator=rng).to(device, dtype).requires_grad_()
+                  for n, h in ((cu_q[-1], n_kv_head * n_rep), (cu_k[-1], n_kv_head), (cu_k[-1], n_kv_head), (cu_q[-1], n_kv_head * n_rep)))
+    want, want_lse = slow_attention(q, k, v, cu_q, cu_k, **options)
+    wants = torch.autograd.grad(want, (q, k, v), g.double(), allow_unused=True)
+    for impl in ("triton", "torch"):
+        out, lse = attention(q, k, v, cu_q, cu_k, return_lse=True, impl=impl, **options)
+        assert out.dtype == dtype and lse.dtype == torch.float32
+        close(out, want, tol), close(lse, want_lse, tol)
+        for got, right in zip(torch.autograd.grad(out, (q, k, v), g), wants):
+            close(got, right, 5 * tol * max(1.0, right.abs().max().item() if right.numel() else 1.0))
+
+
+def kernel_modes(device="cpu"):
+    """Each mode of the rule; under the interpreter a block is 32 rows by 16 keys, in dK, dV 16 rows by 32 keys."""
+    rng = torch.Generator().manual_seed(0)
+    case = functools.partial(kernel_case, rng, device=device)
+    case([70], [70], n_rep=1)  # not a multiple of any block
+    case([64], [64], 1, 3, window=7)  # window smaller than a block
+    case([90], [90], 1, 4, window=37, sink=5)  # neither aligned
+    case([90], [90], window=16, sink=16)  # both aligned
+    case([80], [80], window=10, sink=50)  # the sink reaches past the first windows
+    case([70], [100], window=torch.tensor([0, 20]), sink=18)  # chunked prefill, a full head beside a streaming one
+    case([50], [30])  # more queries than keys: rows that see nothing
+    case([50], [30], window=9, sink=3)
+    case([33, 1, 1, 20], [33, 1, 1, 20], 1, 3, window=11, sink=2)  # packed, documents of one token
+    case([0, 20, 5], [7, 20, 0], 1, 2)  # no queries, no keys
+    case([40, 3], [1, 50], causal=False)  # cross-attention, also over one key
+    case([20, 20, 20], [50, 9, 31], 1, 3)  # ragged caches: each KV head is a sequence of its own
+    case([40], [70], 1, 2, head_dim=20, scale=0.3)  # padded to 32
+
+
+def interpreted_modes():
+    kernel_modes()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_kernels_on_the_gpu():
+    kernel_modes("cuda")
+
+
+def interpreted_random_shapes():
+    rng = torch.Generator().manual_seed(1)
+    pick = lambda lo, hi: int(torch.randint(lo, hi + 1, (1,), generator=rng))
+    for trial in range(int(os.environ.get("N_TRIALS", 12))):
+        n_kv_head, causal = pick(1, 2), trial % 4 != 3
+        lengths_q = [pick(0, 70) for _ in range(pick(1, 3))]
+        lengths_k = list(lengths_q) if trial % 2 else [max(0, n + pick(-10, 60)) for n in lengths_q]
+        window = [None, pick(1, 50), torch.tensor([pick(0, 40) for _ in range(n_kv_head)])][trial % 3] if causal else None
+        kernel_case(rng, lengths_q, lengths_k, n_kv_head, pick(1, 3), (16, 32, 64)[trial % 3], causal=causal, window=window,
+                    sink=pick(0, 40) * causal)
+
+
+def interpreted_low_precision():
+    rng = torch.Generator().manual_seed(2)
+    kernel_case(rng, [60], [90], dtype=torch.float16, tol=4e-3, window=20, sink=3)
+    kernel_case(rng, [60], [90], dtype=torch.bfloat16, tol=4e-2, head_dim=128, n_rep=1)
+
+
+def interpreted_strided_views():
+    """q, k, v as columns of one product, k and v as a cache's slab, an expanded gradient: no copy is needed to be right."""
+    rng = torch.Generator().manual_seed(3)
+    both = torch.randn(50, 6, 3, 16, generator=rng)
+    q, (k, v) = both[:, :4, 0].requires_grad_(), torch.randn(2, 2, 64, 16, generator=rng)[:, :, :50].transpose(1, 2)
+    k, v = k.requires_grad_(), v.requires_grad_()
+    cu = [0, 50]
+    got = attention(q, k, v, cu, cu, window=20, sink=4, impl="triton")
+    want, _ = slow_attention(q, k, v, cu, cu, window=20, sink=4)
+    close(got, want, 1e-5)
+    for a, b in zip(torch.autograd.grad(got.sum(), (q, k, v)), torch.autograd.grad(want.sum(), (q, k, v))):
+        close(a, b, 1e-4)
+
+
+def interpreted_poison():
+    """Not a number in memory behind the ends, and in other documents: the results do not change in a bit."""
+    rng = torch.Generator().manual_seed(4)
+    cu_q, cu_k, options = [0, 37, 45, 80], [0, 50, 58, 95], dict(window=torch.tensor([0, 13]), sink=5, impl="triton")
+    clean = [torch.randn(n, h, 16, generator=rng) for n, h in ((80, 4), (95, 2), (95, 2), (80, 4))]
+
+    def run(poisoned):
+        tensors = []
+        for x, cu in zip(clean, (cu_q, cu_k, cu_k, cu_q)):
+            room = torch.full((len(x) + 100, x.shape[1] + 1, 24), torch.nan)[:len(x), :x.shape[1], :16]
+            room.copy_(x)
+            if poisoned:
+                room[cu[1]:cu[2]] = torch.nan
+            tensors.append(room.requires_grad_())
+        q, k, v, g = tensors
+        out, lse = attention(q, k, v, cu_q, cu_k, return_lse=True, **options)
+        return [cu_q] * 2 + [cu_q, cu_k, cu_k], [out, lse.T, *torch.autograd.grad(out, (q, k, v), g.detach())]
+    for cu, a, b in zip(*run(False), run(True)[1]):
+        others = torch.cat((torch.arange(cu[1]), torch.arange(cu[2], cu[3])))
+        assert torch.equal(a[others], b[others]) and b[others].isfinite().all()
+
+
+def interpreted_decoding():
+    """One query per sequence, over caches of different lengths, split among programs; beyond the ends only NaN."""
+    rng = torch.Generator().manual_seed(5)
+    for n_kv_head, n_rep, lengths in ((1, 3, [700, 1, 40]), (2, 1, [33]), (1, 20, [50, 0])):
+        cu_k = bounds(lengths)
+        q = torch.randn(len(lengths), n_kv_head * n_rep, 16, generator=rng)
+        k, v = (torch.full((cu_k[-1] + 64, n_kv_head, 16), torch.nan)[:cu_k[-1]].copy_(torch.randn(cu_k[-1], n_kv_head, 16, generator=rng)) for _ in "kv")
+        got = attention(q, k, v, bounds([1] * len(lengths)), cu_k, return_lse=True, impl="triton")
+        for a, b in zip(got, slow_attention(q, k, v, bounds([1] * len(lengths)), cu_k)):
+            close(a, b, 1e-5)
+    close(attention_triton.decode(q[0], k[:50].transpose(0, 1), v[:50].transpose(0, 1), impl="triton"), got[0][0], 1e-6)
+
+
+def interpreted_columns():
+    """A cache whose entries have gaps, and a row later than all of them."""
+    rng = torch.Generator().manual_seed(6)
+    for n_rows, n, n_rep in ((5, 40, 3), (33, 70, 1), (1, 17, 2)):
+        q, k = torch.randn(n_rows, 2, n_rep, 16, generator=rng), torch.randn(2, n, 16, generator=rng)
+        pos = torch.stack([torch.randperm(n + 20, generator=rng)[:n].sort()[0] for _ in range(2)])
+        q_pos = torch.arange(n + 20 - n_rows, n + 20)
+        got = attention_triton.column_sums(q, q_pos, k, pos, n, impl="triton")
+        weights = torch.einsum("rhgd,hnd->hgrn", q.double(), k.double()) / 4
+        want = weights.masked_fill(pos[:, None, None] > q_pos[:, None], -torch.inf).softmax(-1).sum(2)
+        close(got, want, 1e-5), close(attention_triton.column_sums(q, q_pos, k, pos, n_rows), want, 1e-5)
+
+
+def interpreted_work():
+    """Products counted: what blocks with a visible pair cost and not one more; backward 3.5 times forward."""
+    from triton.runtime.interpreter import InterpreterBuilder
+    done, dot = [0], InterpreterBuilder.create_dot
+
+    def counting(self, a, b, *rest):
+        done[0] += 2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
+        return dot(self, a, b, *rest)
+    InterpreterBuilder.create_dot = counting
+    rng, costs = torch.Generator().manual_seed(7), []
+    for nq, nk, window, sink in ((128, 128, 0, 0), (256, 256, 0, 0), (128, 128, 32, 8), (256, 256, 32, 8), (384, 384, 32, 8), (50, 90, 20, 3)):
+        q, k, v = (torch.randn(n, h, 16, generator=rng).requires_grad_() for n, h in ((nq, 2), (nk, 1), (nk, 1)))
+        done[0] = 0
+        out = attention(q, k, v, [0, nq], [0, nk], window=window, sink=sink, impl="triton")
+        forward, done[0] = done[0], 0
+        out.sum().backward()
+        i, j = torch.arange(nq)[:, None] + nk - nq, torch.arange(nk)[None]
+        seen = torch.nn.functional.pad((j <= i) & ((i - j < (window or 999)) | (j < sink)), (0, -nk % 32, 0, -nq % 32))
+        blocks = lambda rows, keys: seen.unflatten(1, (-1, keys)).unflatten(0, (-1, rows)).any(3).any(1).sum().item() * rows * keys
+        assert forward == 2 * 2 * 2 * 16 * blocks(32, 16)
+        assert done[0] == 2 * 2 * 16 * (3 * blocks(32, 16) + 4 * blocks(16, 32))
+        costs.append((forward, done[0] / forward))
+    assert [ratio for _, ratio in costs[:2]] == [3.5, 3.5]
+    assert costs[4][0] - costs[3][0] == costs[3][0] - costs[2][0]  # a streaming head: so much more for so many more tokens
+
+
+def test_kernels_visit_what_is_visible():
+    """The kernels' block arithmetic on every small shape: a block is visited iff some row sees some key of it, once; and
+    goes without a mask only if all of its rows see all of its keys."""
+    blocks = [(key_blocks, 3, 2), (query_blocks, 2, 3)]
+    for nq, nk, causal in itertools.product(range(1, 9), range(1, 11), (True, False)):
+        for window, sink in itertools.product(range(0, 6), range(0, 6)) if causal else [(0, 0)]:
+            i, j = torch.arange(nq)[:, None] + nk - nq, torch.arange(nk)[None]
+            seen = (j <= i) & ((i - j < (window or 99)) | (j < sink)) if causal else torch.ones(nq, nk, dtype=torch.bool)
+            for function, own, other in blocks:
+                own_seen = seen if function is key_blocks else seen.T
+                for start in range(0, len(own_seen), own):
+                    stop = min(start + own, len(own_seen))
+                    *counts, lo, free0, free1 = function.fn(start, stop, nq, nk, window or 2 ** 30, sink, other, causal, window > 0)
+                    n_sink, n_left, n_right = counts if len(counts) == 3 else (0, *counts)
+                    masked = [*range(0, n_sink * other, other), *range(lo, lo + n_left * other, other), *range(free1, free1 + n_right * other, other)]
+                    free = list(range(free0, free1, other))
+                    rows = own_seen[start:stop]
+                    want = [b for b in range(0, rows.shape[1], other) if rows[:, b:b + other].any()]
+                    assert sorted(masked + free) == want, (nq, nk, window, sink, start)
+                    assert all(b + other <= rows.shape[1] and rows[:, b:b + other].all() for b in free)
+
+
+PAIRS = [attention_triton.forward_kernel, attention_triton.dq_kernel, attention_triton.dkv_kernel]
+OTHERS = [attention_triton.decode_kernel, attention_triton.row_lse_kernel, attention_triton.column_kernel]
+
+
+def no_spills(arch, made):
+    assert made.stack == 0 and made.registers <= 255 and made.shared <= {80: 163, 90: 227}[arch] * 1024 and made.resident >= 1
+    assert made.loops and not any(loop["LDL"] + loop["STL"] for loop in made.loops)
+
+
+def compiled_half():
+    """The blocks of 16-bit training on both cards: no spills, tensor cores, asynchronous copies, one exp2 a score."""
+    most = {(90, 64): (299, 267, 415), (90, 128): (364, 293, 350), (80, 64): (380, 195, 319), (80, 128): (306, 387, 538)}  # instructions
+    for (arch, head_dim), budgets in most.items():
+        for kernel, budget in zip(PAIRS, budgets):
+            made, (sizes, options) = attention_triton.compile_ahead(kernel, arch, head_dim=head_dim), attention_triton.tile_of(kernel.__name__, arch, "bfloat16", head_dim)
+            no_spills(arch, made)
+            free, masked = made.loops
+            assert free["FSEL"] == 0 < masked["FSEL"] and free["FFMA"] > 0 and free.total() <= 1.05 * budget, (kernel, arch, head_dim)
+            assert free["MUFU.EX2"] * 32 * options["num_warps"] <= 1.13 * sizes["BM"] * sizes["BN"]  # more: rows computed twice
+            if arch == 90:
+                assert "wgmma.mma_async" in made.ptx and all(loop["HGMMA"] and not loop["HMMA"] for loop in made.loops)
+            else:
+                assert "mma.sync" in made.ptx and all(loop["HMMA"] and loop["LDGSTS"] and loop["LDSM"] for loop in made.loops)
+
+
+def compiled_float32():
+    for arch, head_dim in ((80, 128), (90, 64)):
+        for kernel in PAIRS:
+            no_spills(arch, attention_triton.compile_ahead(kernel, arch, "float32", head_dim))
+
+
+def compiled_other_builds():
+    """Decoding and column sums; full heads and cross-attention; small heads."""
+    for arch in (80, 90):
+        for kernel in OTHERS:
+            no_spills(arch, attention_triton.compile_ahead(kernel, arch, "float16", 128))
+        for kernel in PAIRS:
+            for causal in (True, False):
+                no_spills(arch, attention_triton.compile_ahead(kernel, arch, head_dim=128, causal=causal, stream=False))
+            no_spills(arch, attention_triton.compile_ahead(kernel, arch, head_dim=32))
+
+
+def compiled_bad_block():
+    """The gate can fail: half the warps for the same block spill."""
+    made = attention_triton.compile_ahead(attention_triton.forward_kernel, 90, tile=(128, 64, 4, 2))
+    with pytest.raises(AssertionError):
+        no_spills(90, made)
+
+
+def test_kernels_where_none_can_run():
+    """impl="triton" without a GPU or without Triton warns once and computes; TRITON_INTERPRET set late is an error."""
+    q = torch.randn(5, 2, 16)
+    with pytest.warns(UserWarning, match="no GPU"):
+        got = attention(q, q, q, [0, 5], [0, 5], impl="triton")
+    assert torch.equal(got, attention(q, q, q, [0, 5], [0, 5]))
+    with pytest.raises(ValueError, match="float64"):
+        attention(q.double(), q.double(), q.double(), [0, 5], [0, 5], impl="triton")
+    with pytest.raises(ValueError, match="heads of 130"):
+        attention(*[torch.randn(5, 2, 130)] * 3, [0, 5], [0, 5], impl="triton")
+    start = "import os, sys, torch; q = torch.randn(5, 2, 16); call = lambda: attention(q, q, q, [0, 5], [0, 5], impl='triton'); "
+    late = "import triton; os.environ['TRITON_INTERPRET'] = '1'; from attention_triton import attention; call()"
+    later = "from attention_triton import attention; os.environ['TRITON_INTERPRET'] = '1'; call()"
+    without = "sys.modules['triton'] = None; from attention_triton import attention; print(len(call()), len(call()))"
+    run = lambda code: subprocess.run([sys.executable, "-c", start + code], capture_output=True, text=True, cwd=os.path.dirname(os.path.abspath(__file__)),
+                                      env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
+    for code in (late, later):
+        assert "RuntimeError: TRITON_INTERPRET was changed after triton had been imported" in run(code).stderr
+    done = run(without)
+    assert done.stdout == "5 5\n" and done.stderr.count("UserWarning: Triton is not installed") == 1
 
 
 # --- model ----------------------------------------------------------------------------------------------------------
@@ -1264,7 +1541,8 @@ def test_h2o_tova_and_norms_by_definition():
         for g in range(3):
             for r in range(7):
                 weights[h, g, r, :6 + r] = (k[h, :6 + r] @ q[r, h, g] / 8 ** 0.5).softmax(0)
-    close(evict.column_sums(q, q_pos, k, pos, rows=3), weights.sum((1, 2)), 1e-5)
+    close(evict.heavy_hitter_scores(q, q_pos, k, pos), weights.sum((1, 2)), 1e-5)
+    close(attention_triton.column_sums(q, q_pos, k, pos, len(q), rows=3), weights.sum(2), 1e-5)
     close(evict.last_query_scores(q, q_pos, k, pos), weights[:, :, -1].mean((0, 1)).expand(2, 12), 1e-6)
     model, tokens = small(), torch.randint(61, (40,), generator=rng)
     for policy in ("h2o", "tova"):
@@ -1905,9 +2183,8 @@ def test_projected_gradients_clip_skip_and_refuse():
             vlorp.ProjFactor([torch.nn.Parameter(torch.ones(8, 12))], **options)
 
 
-def projected_worker(rank, size, port, out):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=size)
+def projected_worker(rank, size, meeting, out):
+    torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=size)
     p = torch.nn.Parameter(torch.ones(8, 12))
     result = optimize(vlorp.ProjFactor([p], lr=0.1, rank=2, granularity=2), p, [g[rank] for g in zip(made_gradients((8, 12), 4), made_gradients((8, 12), 4, 1))])
     if rank == 0:
@@ -1917,10 +2194,7 @@ def projected_worker(rank, size, port, out):
 
 def test_projected_gradients_are_averaged_over_processes(tmp_path):
     """Two processes with a gradient each end where one process with their mean does."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    torch.multiprocessing.spawn(projected_worker, (2, port, str(tmp_path / "x.pt")), nprocs=2)
+    torch.multiprocessing.spawn(projected_worker, (2, str(tmp_path / "meeting"), str(tmp_path / "x.pt")), nprocs=2)
     p = torch.nn.Parameter(torch.ones(8, 12))
     both = [(a + b) / 2 for a, b in zip(made_gradients((8, 12), 4), made_gradients((8, 12), 4, 1))]
     close(torch.load(tmp_path / "x.pt", weights_only=True), optimize(vlorp.ProjFactor([p], lr=0.1, rank=2, granularity=2), p, both), 1e-5)
