@@ -30,6 +30,7 @@ import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -1688,6 +1689,40 @@ def search(kind, model, tokenizer, data, chosen, ask):
         yield i, retrieval_metrics([ids[d] for d in ranked], set(query["corpusids"])) | {"specific": float(query["specificity"] == 1)}
 
 
+# --- word problems: a small instruction set with answers that can be checked ---------------------------------------------
+
+PEOPLE, GOODS = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana"), ("apples", "books", "coins", "eggs", "pens", "shells", "stamps", "toys")
+
+
+def word_problem(rng):
+    """(question, answer) of two steps of arithmetic, the answer worked out and closed as GSM8K's are (arXiv:2110.14168)."""
+    (one, two), goods = rng.permutation(PEOPLE)[:2], rng.choice(GOODS)
+    (many, more), (few, times) = rng.integers(10, 60, 2), rng.integers(2, 10, 2)
+    product = few * times
+    question, steps, result = [
+        (f"{one} has {many} {goods}. {two} brings {few} {goods} a day for {times} days. How many {goods} does {one} have then?",
+         (f"{few} * {times} = {product}", f"{many} + {product} = {many + product}"), many + product),
+        (f"{one} fills {times} boxes with {few} {goods} each and has {more} {goods} left over. How many {goods} are there?",
+         (f"{times} * {few} = {product}", f"{product} + {more} = {product + more}"), product + more),
+        (f"{one} has {many + more} {goods}, gives {more} of them to {two} and finds {few} more. How many {goods} does {one} have now?",
+         (f"{many + more} - {more} = {many}", f"{many} + {few} = {many + few}"), many + few),
+        (f"{one} has {many} {goods}. {two} has {few} times as many. How many {goods} do they have together?",
+         (f"{few} * {many} = {few * many}", f"{few * many} + {many} = {few * many + many}"), few * many + many),
+        (f"{one} has {many + product} {goods} and gives {few} to each of {times} friends. How many {goods} are left?",
+         (f"{few} * {times} = {product}", f"{many + product} - {product} = {many}"), many)][rng.integers(5)]
+    return question, "\n".join((*steps, f"#### {result}"))
+
+
+def final_answer(text):
+    """What an answer says in the end: the number after GSM8K's ####, or what follows "the correct answer is" (the commonsense sets of
+    LLM-Adapters, arXiv:2304.01933), in lower case; None if it says neither."""
+    if found := re.search(r"####\s*\$?(-?[\d,]*\.?\d+)", text):
+        number = Fraction(found[1].replace(",", ""))
+        return str(number.numerator) if number.denominator == 1 else str(number)
+    found = re.search(r"the correct answer is\W*(\w+)", text, re.IGNORECASE)
+    return found[1].lower() if found else None
+
+
 # --- fact stream ----------------------------------------------------------------------------------------------------
 
 BOS, FILLER, FACT, QUERY, ANSWER = 0, 1, 17, 145, 161  # first token of each kind
@@ -1783,6 +1818,17 @@ TINY = LlamaConfig(vocab_size=VOCAB, n_layer=3, n_head=8, n_kv_head=4, n_embd=64
 CURRICULUM = ((64, 8, 16, 32, 0.97), (128, 10, 24, 16, 0.97), (256, 12, 32, 8, 0.97), (512, 12, 48, 6, 0.985))
 
 
+@torch.no_grad()
+def tiny_start(seed) -> Llama:
+    """The tiny Llama before training."""
+    model, rng = Llama(TINY).init_weights(seed), torch.Generator().manual_seed(seed)
+    model.model.embed_tokens.weight += 0.5 * torch.randn(TINY.n_embd, generator=rng) * TINY.n_embd ** -0.5
+    for p in model.model.layers.parameters():  # small projections: the lookup settles in few heads (at full size the
+        if p.dim() == 2:                       # best 3 of 12 heads recall .93 to .96 of far facts, at a quarter .98 to 1)
+            p *= 0.25
+    return model
+
+
 def tiny_model(seed=0, path=None, max_steps=1200, log=print) -> Llama:
     """The tiny Llama that knows the fact stream up to 512 tokens: read from folder `path`, or trained (about a CPU
     minute) and kept there. Raises ValueError if the stages are not through after max_steps steps or path holds another model."""
@@ -1791,13 +1837,7 @@ def tiny_model(seed=0, path=None, max_steps=1200, log=print) -> Llama:
         if model.config != TINY:
             raise ValueError(f"{path} holds another model than the tiny one: remove it or work elsewhere")
         return model
-    model = Llama(TINY).init_weights(seed)
-    with torch.no_grad():
-        rng = torch.Generator().manual_seed(seed)
-        model.model.embed_tokens.weight += 0.5 * torch.randn(TINY.n_embd, generator=rng) * TINY.n_embd ** -0.5
-        for p in model.model.layers.parameters():  # small projections: the lookup settles in few heads (at full size the
-            if p.dim() == 2:                       # best 3 of 12 heads recall .93 to .96 of far facts, at a quarter .98 to 1)
-                p *= 0.25
+    model = tiny_start(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.01)
     step, bar = 0, tqdm(desc="tiny model", unit="step", disable=None, leave=False)
     for stage, (length, n_fact, n_query, n_seq, goal) in enumerate(CURRICULUM):

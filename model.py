@@ -589,15 +589,15 @@ def generate(model, tokens, max_new_tokens, cache=None, chunk=None, temperature=
 
 # --- loading and saving: the Hugging Face layout --------------------------------------------------------------------
 
-def read_json(path):
-    """A JSON object from a file. Raises ValueError naming the file if it holds none, FileNotFoundError if there is none."""
+def read_json(path, kind=dict):
+    """A JSON object, or a list, from a file. Raises ValueError naming the file if it holds none, FileNotFoundError if there is none."""
     try:
         with open(path, encoding="utf-8") as f:
             value = json.load(f)
     except (ValueError, RecursionError) as e:  # ValueError: broken UTF-8, broken JSON, numbers of thousands of digits
         raise ValueError(f"{path}: not valid JSON ({e})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: want a JSON object, got {type(value).__name__}")
+    if not isinstance(value, kind):
+        raise ValueError(f"{path}: want a JSON {'object' if kind is dict else 'list'}, got {type(value).__name__}")
     return value
 
 

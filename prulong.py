@@ -165,7 +165,7 @@ class PruLong(nn.Module):
     def lr_scale(self, step, steps, warmup, min_lr):
         return warmup_cosine(step, steps, warmup, min_lr)
 
-    def batch(self, data, rng):
+    def batch(self, data, rng, step, steps):
         return data.batch(rng)._replace(weights=None)  # weights are for base models: every target counts here
 
     def loss(self, model, batch: Batch, step, steps, rng):
@@ -211,7 +211,7 @@ class Duo(nn.Module):
         """Up over the first fifth of the steps, down over the last, never below a tenth."""
         return max(0.1, min(1.0, 5 * (step + 1) / steps, 5 * (steps - step) / steps))
 
-    def batch(self, data, rng):
+    def batch(self, data, rng, step, steps):
         return data.passkeys(rng, self.config.needles, self.config.words)
 
     def loss(self, model, batch: Batch, step, steps, rng):

@@ -33,6 +33,7 @@ import attention_triton
 import eval_tasks
 import evict
 import footprint
+import meco
 import model as model_file
 import prulong
 import train
@@ -1068,7 +1069,7 @@ def test_accumulated_micro_batches_equal_one_batch(tmp_path):
         lm.batch = lambda data, rng: train.collate(next(turn))
         out = tmp_path / str(n_micro)
         out.mkdir()
-        train.fit(lm, model, None, config, str(out), {"method": "lm"}, contextlib.nullcontext)
+        train.fit(lm, model, [train.Stage(0, config.steps, None, None)], config, str(out), {"method": "lm"}, contextlib.nullcontext)
         first.append(json.loads((out / "log.jsonl").read_text().splitlines()[0]))
     for key in ("loss", "grad_norm"):
         assert abs(first[0][key] - first[1][key]) < 1e-6 * first[0][key], (key, first)  # angles are float32
@@ -1084,7 +1085,7 @@ def test_learning_rates_decay_and_clipping(tmp_path):
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     lm = train.LM(model, config, 0)
     lm.batch = lambda data, rng: train.collate([torch.arange(30)])
-    train.fit(lm, model, None, config, str(tmp_path), {"method": "lm"}, contextlib.nullcontext)
+    train.fit(lm, model, [train.Stage(0, config.steps, None, None)], config, str(tmp_path), {"method": "lm"}, contextlib.nullcontext)
     for name, p in model.named_parameters():  # gradients below Adam's eps: what moves a weight is its decay alone
         close(p, before[name] * (1 - 0.5 * 0.1 * (p.dim() > 1)), 0.06)
         assert (p.dim() > 1) == bool((p.abs().mean() < 0.97 * before[name].abs().mean()))
@@ -1207,6 +1208,68 @@ def test_conversations_train_the_assistants_words_only(tmp_path, monkeypatch, ca
         train.main(["--method", "sft", "--model", "m"])
 
 
+def test_conversation_files_of_other_kinds(tmp_path):
+    """GSM8K, CommonsenseQA and LLM-Adapters' commonsense rows; what their answers say in the end."""
+    multiple = {"question": {"stem": "What flies?", "choices": [{"label": "A", "text": "stone"}, {"label": "B", "text": "bird"}]}, "answerKey": "B"}
+    instruction = {"instruction": "True or false: is it?", "input": "", "output": "the correct answer is true", "answer": "true"}
+    rows = [{"question": "How many?", "answer": "2 + 1 = <<2+1=3>>3\n#### 1,203"}, multiple, instruction]
+    (tmp_path / "m").mkdir()
+    made_tokenizer(tmp_path / "m")
+    tokenizer = load_tokenizer(tmp_path / "m")
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    chats = train.read_chats(str(tmp_path / "x.json"), tokenizer, 500)
+    assert chats == train.read_chats(str(tmp_path / "x.jsonl"), tokenizer, 500)
+    assert [eval_tasks.final_answer(chat[-1]["content"]) for chat in chats] == ["1203", "b", "true"]
+    assert chats[1][0]["content"] == "What flies?\nA: stone\nB: bird" and chats[2][0]["content"] == "True or false: is it?"
+    assert eval_tasks.final_answer("so #### $-4.50") == "-9/2" and eval_tasks.final_answer("I do not know, 12") is None
+    (tmp_path / "bad.json").write_text(json.dumps([rows[0], {"question": {}, "answerKey": "A"}]))
+    with pytest.raises(ValueError, match="bad.json, row 2"):
+        train.read_chats(str(tmp_path / "bad.json"), tokenizer, 500)
+    problems = train.read_chats("problems", tokenizer, 500)
+    assert len({chat[0]["content"] for chat in problems}) == len(problems) > 3500
+    for question, answer in ((chat[0]["content"], chat[1]["content"]) for chat in problems):
+        *steps, end = answer.split("\n")
+        for step in steps:
+            sum_, _, result = step.partition(" = ")
+            assert eval(sum_, {}) == int(result)
+        assert end == f"#### {result}" and all(n in question for n in re.findall(r"\d+", steps[0].partition(" = ")[0]))
+
+
+def test_stages_grow_the_context(tmp_path, monkeypatch, capsys):
+    """Lengths, bases and schedules of each stage; tokens of a step stay; the optimizer goes on; heavy micro-batches come first."""
+    monkeypatch.chdir(tmp_path)
+    train.main(["--method", "lm", "--stages", "64:4:1e4,128:4:1e5:1e-3", "--batch", "4", "--grad_accum", "2", "--eval_seqs", "2", "--out_dir", "a"])
+    outcome = json.loads(capsys.readouterr().out.splitlines()[-1])
+    steps = [x for x in map(json.loads, open("a/log.jsonl")) if x["event"] == "step"]
+    assert [x["tokens"] for x in steps] == [512] * 8 and all(x["targets"] < 512 for x in steps)
+    assert [x["lr"] for x in steps[4:]] == pytest.approx([x["lr"] / 4 for x in steps[:4]])  # 1e-3 for 4e-3, and anew
+    assert [row["length"] for row in outcome["stages"]] == [64, 128] and list(outcome["stages"][0]["scores"]) == ["64", "128", "256"]
+    assert json.load(open("a/config.json"))["rope_theta"] == 1e5
+    assert train.read_tensor_file("a/checkpoint.safetensors")["optimizer.0.step"] == 8
+    assert train.parse_stages("64K:5000:8e6:1e-5,512K:2500:1.28e8:5e-6")[1] == (524288, 2500, 1.28e8, 5e-6, None)
+    sources = {"text": (1.0, [np.arange(n) for n in (5, 30, 9, 100, 60)])}
+    data = train.TextData(sources, None, 16, 2, 1, 0)
+    seen = []
+
+    class Watch(train.LM):
+        def loss(self, model, batch, step, total, rng):
+            seen.append(int(batch.cu_seqlens.diff().square().sum()))
+            return super().loss(model, batch, step, total, rng)
+    model = Llama(dataclasses.replace(eval_tasks.TINY, vocab_size=100)).init_weights(0)
+    config = train.fill_defaults(train.Config(method="lm", steps=3, grad_accum=4, out_dir="b"), None)
+    os.makedirs("b")
+    train.fit(Watch(model, config, 0), model, [train.Stage(16, 3, None, None, data)], config, "b", {"method": "lm", "settings": {}, "dtype": "float32"}, contextlib.nullcontext)
+    assert len(set(seen)) > 1 and all(seen[i:i + 4] == sorted(seen[i:i + 4], reverse=True) for i in (0, 4, 8))
+    for bad in ("64", "64:0", "64:1:0", "64:5,x:3", "4:5"):
+        with pytest.raises(ValueError, match="--stages"):
+            train.main(["--method", "lm", "--stages", bad, "--out_dir", "c"])
+    with pytest.raises(ValueError, match="takes the place"):
+        train.main(["--method", "lm", "--stages", "64:5", "--steps", "5", "--out_dir", "c"])
+    with pytest.raises(ValueError, match="2 parts for 1"):
+        train.main(["--method", "lm", "--stages", "64:5", "--data", "facts;facts", "--out_dir", "c"])
+
+
 def test_text_end_to_end(tmp_path, monkeypatch, capsys):
     """A byte-level model on real text: masks by PruLong and Duo, then weights under the learned masks. Files agree with the
     report; what a run reads is never overwritten."""
@@ -1268,7 +1331,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     plain = lm.loss
     lm.loss = lambda model, batch, step, *rest: (plain(model, batch, step, *rest)[0] * (math.nan if step == 3 else 1), {})
     with pytest.raises(train.Diverged, match="step 3; the last good checkpoint is step 2"):
-        train.fit(lm, model, None, config, str(tmp_path), {"method": "lm", "settings": {}, "dtype": "float32"}, contextlib.nullcontext)
+        train.fit(lm, model, [train.Stage(0, config.steps, None, None)], config, str(tmp_path), {"method": "lm", "settings": {}, "dtype": "float32"}, contextlib.nullcontext)
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert train.read_checkpoint(tmp_path / "checkpoint.safetensors")["step"] == 2
 
@@ -1320,7 +1383,7 @@ def test_prulong_beats_random_masks_on_a_trained_model(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
     config, data = train.Config(lr=0.0, **(DEFAULTS | {"min_lr": 0.01})), train.FactData(128, 8)
     method = prulong.PruLong(model, prulong.Config(), 0)
-    train.fit(method, model, data, config, str(tmp_path), {"method": "prulong"}, contextlib.nullcontext)
+    train.fit(method, model, [train.Stage(0, 100, None, None, data)], config, str(tmp_path), {"method": "prulong"}, contextlib.nullcontext)
     mask = prulong.discretise(method.scores(), 0.75)
     masks = [torch.ones(3, 4, dtype=torch.bool), mask, *train.random_masks((3, 4), 0.75, 8, 0)]
     _, _, (full, learned, *random) = train.score_masks(model, data, masks, 4, 32, config, contextlib.nullcontext)
@@ -2176,10 +2239,44 @@ def test_projected_gradients_clip_skip_and_refuse():
     zero_row = made_gradients((8, 12), 1)[0]
     zero_row[3] = 0
     assert optimize(vlorp.ProjFactor([p := torch.nn.Parameter(torch.ones(8, 12))], rank=1, granularity=8, basis="rademacher"), p, [zero_row]).isfinite().all()
-    for options, words in ((dict(granularity=5), r"\(8, 12\).*granularity 5"), (dict(rank=0), "rank 0"), (dict(basis="svd"), "basis"), (dict(lr=-1), "lr"),
+    for options, words in ((dict(granularity=5), r"\(8, 12\).*granularity 5"), (dict(rank=0), "rank 0"), (dict(basis="dct"), "basis"), (dict(basis="svd", rank=9, granularity=1), "singular vectors"), (dict(lr=-1), "lr"),
                            (dict(granularity=0.3), "granularity 3/10")):
         with pytest.raises(ValueError, match=words):
             vlorp.ProjFactor([torch.nn.Parameter(torch.ones(8, 12))], **options)
+
+
+def test_projection_on_singular_vectors(tmp_path):
+    """The leading directions of the window's first micro-batch: what they keep of it is the best of that rank; kept for the window, saved."""
+    gradients = made_gradients((8, 12), 6)
+    p = torch.nn.Parameter(torch.ones(8, 12))
+    make = lambda p: vlorp.ProjFactor([p], lr=0.1, rank=3, granularity=1, proj_every=3, basis="svd", scheme="subspace")
+    optimizer, bases = make(p), []
+    for i, g in enumerate(gradients):
+        p.grad = g.clone()
+        optimizer.take(p)
+        bases.append(optimizer.state[p]["basis"].clone())
+        if i % 3 == 0:
+            rows = g.T if g.shape[0] < g.shape[1] else g
+            kept = optimizer.state[p]["sum"] @ bases[-1].T
+            close((rows - kept).norm() ** 2, torch.linalg.svdvals(rows)[3:].square().sum(), 1e-4)
+        close(bases[-1].T @ bases[-1], torch.eye(3), 1e-5)
+        if i == 3:  # in the middle: the basis is part of the state
+            torch.save({"p": p.detach(), "o": optimizer.state_dict()}, tmp_path / "x.pt")
+            saved = torch.load(tmp_path / "x.pt", weights_only=True)
+            other = torch.nn.Parameter(saved["p"].clone())
+            again = make(other)
+            again.load_state_dict(saved["o"])
+        optimizer.step()
+    assert torch.equal(bases[0], bases[2]) and not torch.equal(bases[2], bases[3]) and torch.equal(bases[3], bases[5])
+    again.step()
+    optimize(again, other, gradients[4:])
+    assert torch.equal(other, p)
+    assert optimizer.state_like(p, optimizer.param_groups[0]) == {k: tuple(v.shape) for k, v in optimizer.state[p].items() if torch.is_tensor(v)}
+    low = torch.nn.Parameter(torch.zeros(8, 12))
+    low.grad = torch.outer(torch.arange(8.0), torch.arange(12.0))
+    optimizer = vlorp.ProjFactor([low], lr=0.1, rank=2, granularity=1, basis="svd")
+    optimizer.take(low)
+    close(vlorp.from_rows(optimizer.state[low]["sum"] @ optimizer.state[low]["basis"].T, low), torch.outer(torch.arange(8.0), torch.arange(12.0)), 1e-3)
 
 
 def projected_worker(rank, size, meeting, out):
@@ -2197,6 +2294,120 @@ def test_projected_gradients_are_averaged_over_processes(tmp_path):
     p = torch.nn.Parameter(torch.ones(8, 12))
     both = [(a + b) / 2 for a, b in zip(made_gradients((8, 12), 4), made_gradients((8, 12), 4, 1))]
     close(torch.load(tmp_path / "x.pt", weights_only=True), optimize(vlorp.ProjFactor([p], lr=0.1, rank=2, granularity=2), p, both), 1e-5)
+
+
+# --- MeCo -----------------------------------------------------------------------------------------------------------------
+
+def test_hosts_and_metadata():
+    for url, want in (("https://en.wikipedia.org/wiki/Bill_Gates", "en.wikipedia.org"), ("www.theguardian.com/x?y", "www.theguardian.com"),
+                      ("http://User:pw@Example.COM:8080/a@b", "example.com"), ("example.org?q=http://x.y", "example.org"), (" http://a.b#c ", "a.b")):
+        assert meco.host(url) == want
+    row = {"url": "https://en.wikipedia.org/wiki/Bill_Gates", "topic": "Technology leader"}
+    assert meco.describe(row, "full") == ("URL", "en.wikipedia.org/wiki/Bill_Gates") and meco.describe(row, "suffix") == ("URL", "org")
+    assert meco.describe(row, "topic") == ("Topic", "Technology leader")
+    assert meco.describe(row, "hash") == ("URL", hashlib.sha256(b"en.wikipedia.org").hexdigest()[:12])  # the same in every process
+    top = meco.top_hosts(["http://a.b/1", "http://a.b/2", "c.d", "e.f"], 0.3)
+    assert top == {"a.b"} and meco.describe({"url": "c.d"}, "topk", top) == ("URL", "unknown") and meco.describe({"url": "a.b/9"}, "topk", top) == ("URL", "a.b")
+
+
+def test_meco_documents_by_hand():
+    """BOS m m d d EOS: targets are d, d, EOS and nothing else; prefix and text are tokenised apart."""
+    tokenizer = model_file.byte_tokenizer()
+    ids, mask = meco.encode(tokenizer, "ab", "x.y")
+    assert ids.tolist() == [256, *b"URL: x.y\n\n", *b"ab", 257] and mask.tolist() == [False] * 11 + [True] * 3
+    batch = meco.collate([[meco.join([0], [7, 7], [8, 9], [1])]])
+    assert batch.tokens.tolist() == [0, 7, 7, 8, 9, 1] and batch.targets.tolist() == [-100, -100, 8, 9, 1, -100]
+    assert meco.encode(tokenizer, "ab")[0].tolist() == [256, *b"ab", 257] and meco.encode(tokenizer, "ab")[1].tolist() == [False, True, True, True]
+    assert meco.prompt(tokenizer, "ab", "x.y") == ids[:-1].tolist() and meco.prompt(tokenizer, "ab") == [256, *b"ab"]
+    merging = model_file.Tokenizer({bytes([i]): i for i in range(256)} | {b"\n\n": 256, b"\n\na": 257}, [b"\n\n", b"\n\na"], r"(?s:.{1,32})", {}, None)
+    assert meco.encode(merging, "a", "x")[0].tolist()[-1] == ord("a")
+
+
+def test_meco_packs_whole_rows_and_leaks_nothing():
+    rng = np.random.default_rng(0)
+    docs = [meco.join([0], [1] * int(rng.integers(0, 9)), [2 + i] * int(rng.integers(1, 30)), [1]) for i in range(40)]
+    rows = list(meco.pack(docs, 16))
+    starts = 0
+    for row in rows:
+        assert sum(len(ids) for ids, _ in row) == 16 and all(ids[0] == 0 for ids, _ in row)
+        for ids, mask in row:  # a document appears once, in order, and only the row's last may be cut
+            whole, whole_mask = docs[starts]
+            assert torch.equal(ids, whole[:len(ids)]) and torch.equal(mask, whole_mask[:len(ids)])
+            starts += 1
+        assert all(len(ids) == len(docs[starts - len(row) + k][0]) for k, (ids, _) in enumerate(row[:-1]))
+    model, batch = small(), meco.collate([next(row for row in rows if len(row) > 1)])
+    changed = batch.tokens.clone()
+    first = int(batch.cu_seqlens[1])
+    changed[first - 1] = 5
+    logits, other = (model(t, model_file.causal(batch.cu_seqlens)) for t in (batch.tokens, changed))
+    assert len(batch.cu_seqlens) > 2 and torch.equal(logits[first:], other[first:]) and not torch.equal(logits[:first], other[:first])
+    for a, b in itertools.pairwise(batch.cu_seqlens.tolist()):
+        close(logits[a:b], model(batch.tokens[a:b]), 1e-6)
+    empty = meco.collate([[meco.join([0], [1] * 30, [3], [])]])._replace(targets=torch.full((32,), -100))
+    loss, _ = meco.MeCo(model, meco.Config(), 0).loss(model, empty, 0, 1, None)
+    loss.backward()
+    assert loss.item() == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_meco_phases_data_and_report(tmp_path, monkeypatch, capsys):
+    """Metadata phase, then cooldown on other documents; the same tokens in all conditions of the report; a kill across the hand-over
+    changes no bit (LR and optimizer state go on)."""
+    assert [meco.conditioned(step, 20, 0.1) for step in range(20)] == [True] * 18 + [False] * 2
+    tokenizer = model_file.byte_tokenizer()
+    rows = [{"text": f"{i:03d} " * 9, "url": f"https://s{i % 5}.org/{i}"} for i in range(100)]
+    data = meco.UrlData(rows, tokenizer, meco.Config(cooldown=0.3), 64, 2, 10, 0)
+    text = {kind: "".join(tokenizer.decode(ids) for row in packs for ids, _ in row) for kind, packs in data.packs.items()}
+    numbers = {kind: set(re.findall(r"\b\d{3}\b", t)) for kind, t in text.items()}
+    held = {tokenizer.decode(document["none"][0])[7:10] for document in data.exams}
+    assert not numbers[True] & numbers[False] and not (numbers[True] | numbers[False]) & held and "URL: s" in text[True] and "URL" not in text[False]
+    for document in data.exams:
+        scored = [ids[mask].tolist() for ids, mask in document.values()]
+        assert scored[0] == scored[1] == scored[2] and len({tuple(ids.tolist()) for ids, _ in document.values()}) == 3
+    method = meco.MeCo(None, meco.Config(cooldown=0.3), 0)
+    says_url = lambda step: "URL" in tokenizer.decode(method.batch(data, np.random.default_rng(step), step, 10).tokens)
+    assert [says_url(step) for step in range(10)] == [True] * 7 + [False] * 3
+    monkeypatch.chdir(tmp_path)
+    open("d.jsonl", "w").write("\n".join(map(json.dumps, rows)))
+    args = ["--method", "meco", "--data", "d.jsonl", "--seq_len", "64", "--steps", "20", "--cooldown", "0.5", "--save_every", "10", "--eval_seqs", "6"]
+    train.main([*args, "--out_dir", "whole"])
+    outcome = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(outcome["after"]) == ["none", "right", "wrong"] and outcome["after"]["none"][0] < outcome["before"]["none"][0]
+    shutil.copytree("whole", "cut")
+    saves, saved = iter([0]), train.save_checkpoint
+
+    def stop_after_first(*a):
+        saved(*a)
+        if next(saves, None) is not None:
+            raise KeyboardInterrupt
+    monkeypatch.setattr(train, "save_checkpoint", stop_after_first)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*args, "--out_dir", "cut", "--overwrite"])
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert train.read_checkpoint("cut/checkpoint.safetensors")["step"] == 10
+    train.main([*args, "--out_dir", "cut", "--resume"])
+    a, b = (train.read_tensor_file(f"{name}/checkpoint.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    for bad, words in ((["--data", "stdlib"], "meco wants"), (["--metadata", "topic"], "line 1.*topic"), (["--seq_len", "100000"], "do not fill")):
+        with pytest.raises(ValueError, match=words):
+            train.main([*args, *bad, "--out_dir", "bad"])
+
+
+def test_site_tables_teach_what_they_should():
+    """Values follow the document's table; loss with the right URL falls, wrong URLs mislead, and a URL steers."""
+    data = meco.SiteData(seed=3)
+    batch = data.batch(np.random.default_rng(0), 16)
+    for a, b in itertools.pairwise(batch.cu_seqlens.tolist()):
+        doc = batch.tokens[a:b].tolist()
+        site = doc[2] - meco.SITE if b - a > 2 else 0
+        pairs = [(k - meco.KEY, v - meco.VALUE) for k, v in zip(doc[4::2], doc[5::2]) if v >= meco.VALUE]
+        assert doc[0] == meco.BOS and all(data.tables[site][k] == v for k, v in pairs)
+    assert all(ids[mask].min() >= meco.VALUE and mask.sum() == 6 for document in data.exams for ids, mask in document.values())
+    model = meco.train_sites(data, meco.Config("url"), 60, 0)
+    losses = meco.conditioned_losses(model, data.exams)
+    assert losses["right"][0] < 0.5 < 2 < losses["wrong"][0]
+    rng = torch.Generator().manual_seed(0)
+    assert data.steering(model, True, rng) > 0.7 > 0.4 > data.steering(model, False, rng)
 
 
 # --- the house --------------------------------------------------------------------------------------------------------

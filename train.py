@@ -5,6 +5,7 @@
     python train.py --method lm --model DIR --data code=0.6:DIR,web=0.4:FILE.jsonl
     python train.py --method sft --model DIR --data CHATS.jsonl  # loss on the assistant's words
     python train.py --method vlorp --model DIR --data SRC --rank 1 --granularity 64
+    python train.py --method meco --model DIR --data FILE.jsonl  # lines {"text", "url"}; without --model and --data, site tables
 
 A method is a class with param_groups, lr_scale, batch and loss, those that learn heads also with scores and mask (see LM here
 and PruLong in prulong.py); METHODS names them. Batch t is a pure
@@ -12,14 +13,17 @@ function of (seed, t), and a checkpoint holds all there is to a run: after --res
 
 Source of the recipe (packing, label rule, blockwise loss, token averaging): ProLong, arXiv:2410.02660.
 """
+import copy
 import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import sysconfig
 import time
+import typing
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,21 +31,25 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import meco
 import prulong
 import vlorp
-from eval_tasks import CURRICULUM, TINY, fact_stream, recall, tiny_model
-from model import (DTYPES, Batch, Llama, byte_tokenizer, check_device, flag, footprint, load_config, load_model, load_tokenizer, parse, peak_memory,
-                   replacing, run, save_model, warmup_cosine, write_tensors)
+from eval_tasks import CURRICULUM, TINY, fact_stream, final_answer, recall, tiny_model, tiny_start, word_problem
+from model import (DTYPES, Batch, Llama, byte_tokenizer, causal, check_device, flag, footprint, generate, load_config, load_model, load_tokenizer, parse, peak_memory,
+                   read_json, replacing, run, save_model, warmup_cosine, write_tensors)
 
 
 @dataclass
 class Config:
-    method: str = flag("lm", "what to train", choices=("lm", "sft", "vlorp", "prulong", "duo"))
+    method: str = flag("lm", "what to train", choices=("lm", "sft", "vlorp", "meco", "prulong", "duo"))
     model: str | None = flag(None, "folder of a Llama; by default a tiny one (vocabulary of the data)")
     data: str | None = flag(None, "facts (embedded stream), stdlib (Python's own sources), a folder, text or jsonl file, or a "
-                                  "mixture name=weight:PATH,... (default: facts, with --model stdlib)")
+                                  "mixture name=weight:PATH,... (default: facts, with --model stdlib); for conversations a .jsonl "
+                                  "or .json file, or problems (made-up word problems); for meco a .jsonl file, or sites (site tables)")
     out_dir: str | None = flag(None, "where results go (default: out/METHOD)")
-    steps: int = flag(100, "optimizer steps", low=1)
+    steps: int | None = flag(None, "optimizer steps (default: 100)", low=1)
+    stages: str | None = flag(None, "lm: instead of --steps and --seq_len LENGTH:STEPS[:ROPE_BASE[:LR]],...: the context grows, a micro-batch keeps its "
+                                    "tokens, the schedule starts anew, the optimizer goes on; with ; in --data each stage has its own")
     seq_len: int | None = flag(None, "tokens per sequence (default: facts 128, text 1024)", low=8)
     batch: int | None = flag(None, "sequences per micro-batch (default: facts 8, text 1)", low=1, high=10 ** 6)
     grad_accum: int = flag(1, "micro-batches per step; every target of a step weighs the same", low=1)
@@ -74,14 +82,40 @@ class LM:
     def lr_scale(self, step, steps, warmup, min_lr):
         return warmup_cosine(step, steps, warmup, min_lr)
 
-    def batch(self, data, rng):
+    def batch(self, data, rng, step, steps):
         return data.batch(rng)
 
     def loss(self, model, batch, step, steps, rng):
         return model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, weights=batch.weights), {}
 
 
-METHODS = {"lm": (LM, None), "sft": (LM, None), "vlorp": (LM, vlorp.Config), "prulong": (prulong.PruLong, prulong.Config), "duo": (prulong.Duo, prulong.DuoConfig)}
+class Stage(typing.NamedTuple):
+    """A part of a run with its own context length [tokens]; None: as the flags say."""
+    length: int
+    steps: int
+    rope_base: float | None
+    lr: float | None
+    data: object = None
+
+
+def parse_stages(spec) -> list:
+    """Stages of --stages: 64K:5000:8e6:1e-5,512K:2500:1.28e8:5e-6 is ProLong's. Raises ValueError naming what is none."""
+    stages = []
+    for part in spec.split(","):
+        found = re.fullmatch(r"([1-9]\d{0,8})(K?):([1-9]\d{0,8})(?::([\d.e+]+))?(?::([\d.e+-]+))?", part)
+        try:
+            length, steps = int(found[1]) * (1024 if found[2] else 1), int(found[3])
+            base, lr = (x and float(x) for x in (found[4], found[5]))
+            good = 8 <= length <= 2 ** 30 and (base is None or 1 < base < 1e15) and (lr is None or 0 < lr < 1e3)
+        except (TypeError, ValueError):
+            good = False
+        if not good:
+            raise ValueError(f"--stages: want LENGTH:STEPS[:ROPE_BASE[:LR]],... with LENGTH like 512 or 64K, got {part!r}")
+        stages.append(Stage(length, steps, base, lr))
+    return stages
+
+
+METHODS = {"lm": (LM, None), "sft": (LM, None), "vlorp": (LM, vlorp.Config), "meco": (meco.MeCo, meco.Config), "prulong": (prulong.PruLong, prulong.Config), "duo": (prulong.Duo, prulong.DuoConfig)}
 
 
 # --- data: batch(rng) -> Batch, passkeys(rng, needles, words) -> Batch, held_out() -> batches ---------------------------
@@ -159,16 +193,20 @@ class TextData:
 
 
 class ChatData:
-    """Conversations, of which only the assistant's words are targets; a sequence packs whole ones up to seq_len tokens."""
+    """Conversations, of which only the assistant's words are targets; a sequence packs whole ones up to seq_len tokens.
 
-    def __init__(self, chats, tokenizer, seq_len, n_seq, n_held_out, seed):
-        self.chats = [chats[i] for i in np.random.default_rng(seed).permutation(len(chats))]
+    exams: of each held-out conversation the prompt of its last turn and what that turn says in the end, if it says so checkably."""
+
+    def __init__(self, conversations, tokenizer, seq_len, n_seq, n_held_out, seed):
         self.seq_len, self.n_seq, self.tokenizer = seq_len, n_seq, tokenizer
+        if len(conversations) <= n_held_out:
+            raise ValueError(f"--data has {len(conversations)} conversations: too few to hold out {n_held_out} (--eval_seqs) and train on the rest")
+        shuffled = [conversations[i] for i in np.random.default_rng(seed).permutation(len(conversations))]
+        chats = [encode_chat(messages, tokenizer) for messages in shuffled]
         self.vocab_size = 1 + max(int(tokens.max()) for tokens, _ in chats)
-        if len(chats) <= n_held_out:
-            raise ValueError(f"--data has {len(chats)} conversations: too few to hold out {n_held_out} (--eval_seqs) and train on the rest")
-        self.held_out = [collate([tokens], [targets]) for tokens, targets in self.chats[:n_held_out]]
-        self.chats = self.chats[n_held_out:]
+        self.held_out = [collate([tokens], [targets]) for tokens, targets in chats[:n_held_out]]
+        self.chats = chats[n_held_out:]
+        self.exams = [(tokenizer.encode(tokenizer.chat(messages[:-1])), final_answer(messages[-1]["content"])) for messages in shuffled[:n_held_out]]
 
     def batch(self, rng):
         docs = []
@@ -181,25 +219,48 @@ class ChatData:
 
 
 def read_chats(path, tokenizer, seq_len):
-    """(tokens, targets) of each line of a jsonl file: {"messages": [{"role", "content"}, ...]}, or {"question", "answer"} for one turn.
+    """Conversations of a file, as lists of {"role", "content"} that end with the assistant; `problems` makes 4000 word problems.
 
-    Targets are what the assistant writes and the end of its turn. Raises ValueError naming a line that is neither, has no assistant's
-    turn or is longer than seq_len tokens."""
-    chats = []
-    with open(path, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                row = json.loads(line)
-                messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["question"]},
-                                                                      {"role": "assistant", "content": row["answer"]}]
-                chats.append(encode_chat(messages, tokenizer))
-            except (ValueError, TypeError, KeyError, RecursionError) as e:
-                raise ValueError(f"{path}, line {number}: want an object with messages, or question and answer ({e})") from None
-            if len(chats[-1][0]) > seq_len:
-                raise ValueError(f"{path}, line {number}: {len(chats[-1][0])} tokens, more than --seq_len {seq_len}")
-    if not chats:
+    Lines of .jsonl, or the list of a .json file, in any of these forms: {"messages": [...]}; {"question", "answer"} (GSM8K);
+    {"instruction", "input", "output"} (the commonsense sets of LLM-Adapters); {"question": {"stem", "choices": [{"label", "text"}, ...]},
+    "answerKey"} (CommonsenseQA). Raises ValueError naming a row that is none of them, has no assistant's turn or is longer than
+    seq_len tokens."""
+    if path == "problems":
+        rng = np.random.default_rng(0)
+        rows = {question: {"question": question, "answer": answer} for question, answer in (word_problem(rng) for _ in range(4000))}
+        rows = [(f"problem {i}", lambda row=row: row) for i, row in enumerate(rows.values(), 1)]
+    elif path.endswith(".json"):
+        whole = read_json(path, list)
+        rows = [(f"{path}, row {i}", lambda row=row: row) for i, row in enumerate(whole, 1)]
+    else:
+        with open(path, encoding="utf-8") as f:
+            rows = [(f"{path}, line {i}", lambda line=line: json.loads(line)) for i, line in enumerate(f, 1)]
+    conversations = []
+    for where, read in rows:
+        try:
+            conversations.append(as_messages(read()))
+            size = len(encode_chat(conversations[-1], tokenizer)[0])
+        except (ValueError, TypeError, KeyError, RecursionError) as e:
+            raise ValueError(f"{where}: want messages, question and answer, or instruction and output ({e})") from None
+        if size > seq_len:
+            raise ValueError(f"{where}: {size} tokens, more than --seq_len {seq_len}")
+    if not conversations:
         raise ValueError(f"{path}: no conversations")
-    return chats
+    return conversations
+
+
+def as_messages(row):
+    """One row of a file of conversations, in any of `read_chats`' forms, as messages."""
+    if "messages" in row:
+        return row["messages"][:1 + max((i for i, m in enumerate(row["messages"]) if m["role"] == "assistant"), default=-1)]
+    if "answerKey" in row:
+        choices = [f"{choice['label']}: {choice['text']}" for choice in row["question"]["choices"]]
+        question, answer = "\n".join((row["question"]["stem"], *choices)), f"the correct answer is {row['answerKey']}"
+    elif "instruction" in row:
+        question, answer = "\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"]
+    else:
+        question, answer = row["question"], row["answer"]
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def encode_chat(messages, tokenizer):
@@ -266,6 +327,19 @@ def read_documents(path, ending=""):
                 passed_over += 1
     if passed_over:
         print(f"{path}: passed over {passed_over} entries that are no files of UTF-8 text", file=sys.stderr)
+
+
+def read_rows(path, field):
+    """Rows {"text", field} of a jsonl file. Raises ValueError naming a line that is none."""
+    rows = []
+    with open(path, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                row = json.loads(line)
+                rows.append({name: row[name] + "" for name in ("text", field)})
+            except (ValueError, TypeError, KeyError, RecursionError):
+                raise ValueError(f'{path}, line {number}: want a JSON object with strings "text" and "{field}", got {line.strip()[:60]!r}') from None
+    return rows
 
 
 class NotText(ValueError):
@@ -434,8 +508,16 @@ def target_shares(batches):
     return [size / sum(sizes) for size in sizes]
 
 
-def fit(method, model, data, config, out_dir, about, autocast):
-    """Train `method` for config.steps, from its checkpoint in out_dir if there is one. Returns its CPU seconds.
+def stage_at(stages, step):
+    """(number of the stage that a step of the run belongs to, the step inside it)."""
+    number = 0
+    while step >= stages[number].steps:
+        step, number = step - stages[number].steps, number + 1
+    return number, step
+
+
+def fit(method, model, stages, config, out_dir, about, autocast):
+    """Train `method` through its stages, from its checkpoint in out_dir if there is one. Returns its CPU seconds.
 
     Raises Diverged, naming the step and the last good checkpoint, before a non-finite gradient is applied."""
     optimizer = make_optimizer(method, model, config)
@@ -447,19 +529,26 @@ def fit(method, model, data, config, out_dir, about, autocast):
         done, seconds = saved["step"], saved["cpu_seconds"]
     log.forget(done)
     start = time.process_time() - seconds
-    bar = tqdm(range(done, config.steps), initial=done, total=config.steps, desc=about["method"], unit="step", disable=None)
+    steps = sum(stage.steps for stage in stages)
+    bar = tqdm(range(done, steps), initial=done, total=steps, desc=about["method"], unit="step", disable=None)
     for step in bar:
         tick = time.perf_counter()
+        number, local = stage_at(stages, step)  # local: the step inside its stage
+        stage = stages[number]
+        if stage.rope_base:
+            model.config = dataclasses.replace(model.config, rope_base=stage.rope_base)
         for group, peak in zip(optimizer.param_groups, peaks):
-            group["lr"] = peak * method.lr_scale(step, config.steps, config.warmup, config.min_lr)
+            group["lr"] = peak * (stage.lr / config.lr if stage.lr else 1) * method.lr_scale(local, stage.steps, config.warmup, config.min_lr)
         rngs = [np.random.default_rng([config.seed, step, micro]) for micro in range(config.grad_accum)]
-        batches = [method.batch(data, rng) for rng in rngs]
+        batches = [(method.batch(stage.data, rng, local, stage.steps), rng) for rng in rngs]
+        batches.sort(key=lambda pair: -int(pair[0].cu_seqlens.diff().square().sum()))  # the heavy ones first, on all devices (ProLong)
+        batches, rngs = zip(*batches)
         shares = target_shares(batches)
         total, shown = 0.0, {}
         for batch, share, rng in zip(batches, shares, rngs):
             batch = Batch(*(x if x is None else x.to(config.device) for x in batch))
             with autocast():
-                loss, metrics = method.loss(model, batch, step, config.steps, rng)
+                loss, metrics = method.loss(model, batch, local, stage.steps, rng)
             (loss * share).backward()
             total += loss.item() * share
             shown = {k: shown.get(k, 0.0) + v * share for k, v in metrics.items()}
@@ -469,9 +558,11 @@ def fit(method, model, data, config, out_dir, about, autocast):
             raise Diverged(f"loss {total}, gradient norm {norm} at step {step}; {last}")
         optimizer.zero_grad(set_to_none=True)
         log.write("step", step=step, loss=total, grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
-                  tokens=sum(len(b.tokens) for b in batches), seconds=round(time.perf_counter() - tick, 4), **shown)
+                  tokens=sum(len(b.tokens) for b in batches), targets=sum(int((b.targets != -100).sum()) for b in batches), seconds=round(time.perf_counter() - tick, 4), **shown)
+        if len(stages) > 1 and local + 1 == stage.steps:
+            log.write("stage", step=step, length=stage.length, scores=length_scores(model, stages, config, autocast))
         bar.set_postfix({"loss": f"{total:.3f}"} | {k: f"{v:.2f}" for k, v in shown.items() if k in ("sparsity", "target")})
-        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+        if (step + 1) % config.save_every == 0 or step + 1 == steps:
             done = step + 1
             save_checkpoint(checkpoint, model, method, optimizer,
                             about | {"step": done, "cpu_seconds": time.process_time() - start})
@@ -548,11 +639,63 @@ def report_heads(results, model, data, settings, config, autocast):
             "masks": {name: mask.int().tolist() for name, mask in masks.items()}}
 
 
-def report_lm(before, model, data, config, seconds, autocast):
+def score_weights(model, data, config, dtype, autocast):
+    """Held-out loss, or far recall, of a model with its full cache; where conversations have checkable ends, also the share of right ones."""
     full = torch.ones(model.config.n_layer, model.config.n_kv_head, dtype=torch.bool)
-    score_name, n, (after,) = score_masks(model, data, [full], 0, 1, config, autocast)
-    print(f"\n| | {score_name} at {n} tokens | CPU seconds |\n|---|---|---|\n| before | {before:.3f} | 0.0 |\n| after | {after:.3f} | {seconds:.1f} |\n")
-    return {"score": score_name, "tokens": n, "before": before, "after": after, "cpu_seconds": round(seconds, 2)}
+    name, n, (score,) = score_masks(model, data, [full], 0, 1, config, autocast)
+    exams = getattr(data, "exams", [(None, None)])
+    checkable = all(answer is not None for _, answer in exams)
+    return {"score": name, "tokens": n, name: score, "accuracy": answer_accuracy(model, data, config.device, dtype) if checkable else None}
+
+
+@torch.no_grad()
+def answer_accuracy(model, data, device, dtype):
+    """Share of held-out conversations whose last turn, decoded greedily to 1.5 times the longest true one, ends in the right answer."""
+    max_new_tokens = 3 * max(int((b.targets != -100).sum()) for b in data.held_out) // 2
+    narrow = copy.deepcopy(model).to(DTYPES[dtype])  # cast once and not for every token
+    right = 0
+    for prompt, answer in tqdm(data.exams, desc="answers", unit="exam", disable=None, leave=False):
+        said = generate(narrow, torch.tensor(prompt, device=device), max_new_tokens, stop_ids=data.tokenizer.eos_ids)
+        right += final_answer(data.tokenizer.decode(said)) == answer
+    return right / len(data.exams)
+
+
+def length_scores(model, stages, config, autocast):
+    """{length: score} of the model as it is: far recall at 1, 2 and 4 times the first stage's length, or held-out loss at every stage's."""
+    if isinstance(stages[0].data, FactData):
+        lengths = [stages[0].length * k for k in (1, 2, 4)]
+        facts = [fact_stream(np.random.default_rng([config.seed, 2 ** 31]), config.eval_seqs, n, *CURRICULUM[0][1:3]) for n in lengths]
+        return {n: recall(model, f, causal(f.batch.cu_seqlens)) for n, f in zip(lengths, facts)}
+    full = torch.ones(model.config.n_layer, model.config.n_kv_head, dtype=torch.bool)
+    return {stage.length: score_masks(model, stage.data, [full], 0, 1, config, autocast)[2][0] for stage in stages}
+
+
+def report_stages(log_path, name):
+    """Table and rows of what the run's log says of its stages."""
+    with open(log_path, encoding="utf-8") as f:
+        rows = [row for row in map(json.loads, f) if row["event"] == "stage"]
+    print(f"\n| {name} after the stage of | " + " | ".join(f"at {n} tokens" for n in rows[0]["scores"]) + " |\n|---|" + "---|" * len(rows[0]["scores"]))
+    for row in rows:
+        print(f"| {row['length']} tokens | " + " | ".join(f"{score:.3f}" for score in row["scores"].values()) + " |")
+    return [{"length": row["length"], "scores": row["scores"]} for row in rows]
+
+
+def report_lm(before, model, data, config, seconds, dtype, autocast):
+    after, score_name = score_weights(model, data, config, dtype, autocast), before["score"]
+    shown = lambda row: f"{row[score_name]:.3f} | {'-' if row['accuracy'] is None else format(row['accuracy'], '.3f')}"
+    print(f"\n| | {score_name} at {before['tokens']} tokens | right answers of {config.eval_seqs} | CPU seconds |\n|---|---|---|---|\n"
+          f"| before | {shown(before)} | 0.0 |\n| after | {shown(after)} | {seconds:.1f} |\n")
+    return {"score": score_name, "tokens": before["tokens"], "before": before[score_name], "after": after[score_name],
+            "accuracy_before": before["accuracy"], "accuracy_after": after["accuracy"], "cpu_seconds": round(seconds, 2)}
+
+
+def report_conditions(before, after, first, seconds):
+    """Table and JSON of losses with no, the right and the wrong metadata, on the same document tokens."""
+    print(f"\n| loss per token, of the first {first} | {' | '.join(after)} |\n|---|" + "---|" * len(after))
+    for name, losses in (("before", before), ("after", after)):
+        print(f"| {name} | " + " | ".join(f"{loss:.3f}, {early:.3f}" for loss, early in losses.values()) + " |")
+    print()
+    return {"score": "loss, loss of the first tokens", "before": before, "after": after, "cpu_seconds": round(seconds, 2)}
 
 
 # --- command line -------------------------------------------------------------------------------------------------------
@@ -562,8 +705,8 @@ def check_out_dir(out_dir, config, settings):
 
     Raises ValueError if it is not what the flags expect, or a folder that the run reads from."""
     heads = getattr(settings, "heads", None)
-    read = [config.model, heads and os.path.dirname(heads), *([] if config.data in ("facts", "stdlib") else
-            [part.rpartition(":")[2] for part in config.data.split(",")])]
+    read = [config.model, heads and os.path.dirname(heads), *([] if config.data in ("facts", "sites", "stdlib", "problems") else
+            [part.rpartition(":")[2] for part in re.split("[,;]", config.data)])]
     own = os.path.realpath(out_dir)
     for path in read:
         if path is not None and os.path.commonpath([own, os.path.realpath(path)]) == own:
@@ -627,45 +770,79 @@ def choose_dtype(config, llama):
     return ("bfloat16" if speedup > 1.5 else "float32"), f"bfloat16 products measured {speedup:.1f}x as fast as float32"
 
 
-def build(config, settings, dtype):
-    """The model to start from and its data."""
-    chat = config.method == "sft" or config.method == "vlorp" and settings.chat
-    text, frozen = config.data != "facts", config.method == "duo" or getattr(settings, "train", "") == "masks"
+def build_model(config, settings, dtype):
+    """The model to start from."""
+    frozen = config.method == "duo" or getattr(settings, "train", "") == "masks"
     if config.model:
-        model = load_model(config.model, config.device, DTYPES[dtype] if frozen else torch.float32)
-    elif text or config.method in ("lm", "vlorp"):
-        model = Llama(dataclasses.replace(TINY, vocab_size=258) if text else TINY).init_weights(config.seed)
+        return load_model(config.model, config.device, DTYPES[dtype] if frozen else torch.float32)
+    if config.data == "sites":
+        model = meco.small_model(config.seed)
+    elif config.data == "facts":
+        model = tiny_start(config.seed) if config.method in ("lm", "vlorp") else tiny_model(config.seed, f"out/tiny-seed{config.seed}")
     else:
-        model = tiny_model(config.seed, f"out/tiny-seed{config.seed}")
-    if text:
-        tokenizer = load_tokenizer(config.model) if config.model else byte_tokenizer()
-        if chat:
-            data = ChatData(read_chats(config.data, tokenizer, config.seq_len), tokenizer, config.seq_len, config.batch, config.eval_seqs, config.seed)
-        else:
-            data = load_text(config.data, tokenizer, config.seq_len, config.batch, config.eval_seqs, config.seed)
+        model = Llama(dataclasses.replace(TINY, vocab_size=258)).init_weights(config.seed)
+    return model.to(config.device)
+
+
+def build_data(config, settings, vocab_size):
+    """Data in sequences of config.seq_len tokens. Raises ValueError for tokens that a model of that vocabulary does not have."""
+    shape = config.seq_len, config.batch, config.eval_seqs, config.seed
+    if config.data == "facts":
+        return FactData(config.seq_len, config.batch)
+    if config.data == "sites":
+        return meco.SiteData(n_seq=config.batch, seq_len=config.seq_len, n_held_out=config.eval_seqs, seed=config.seed)
+    tokenizer = load_tokenizer(config.model) if config.model else byte_tokenizer()
+    if config.method == "meco":
+        data = meco.UrlData(read_rows(config.data, "topic" if settings.metadata == "topic" else "url"), tokenizer, settings, *shape)
+    elif config.method == "sft" or getattr(settings, "chat", False):
+        data = ChatData(read_chats(config.data, tokenizer, config.seq_len), tokenizer, *shape)
     else:
-        data = FactData(config.seq_len, config.batch)
-    if data.vocab_size > model.config.vocab_size:
-        raise ValueError(f"token {data.vocab_size - 1} of the data is outside the model's vocabulary of {model.config.vocab_size}")
-    return model.to(config.device), data
+        data = load_text(config.data, tokenizer, *shape)
+    if data.vocab_size > vocab_size:
+        raise ValueError(f"token {data.vocab_size - 1} of the data is outside the model's vocabulary of {vocab_size}")
+    return data
+
+
+def build_stages(config, settings, vocab_size) -> list:
+    """The run's stages with their data: one, or those of --stages, whose micro-batches hold as many tokens as the first's."""
+    if config.stages is None:
+        return [Stage(config.seq_len, config.steps, None, None, build_data(config, settings, vocab_size))]
+    stages, specs = parse_stages(config.stages), config.data.split(";")
+    if len(specs) not in (1, len(stages)):
+        raise ValueError(f"--data has {len(specs)} parts for {len(stages)} stages")
+    built = []
+    for stage, spec in zip(stages, specs * (len(stages) if len(specs) == 1 else 1)):
+        own = dataclasses.replace(config, data=spec, seq_len=stage.length, batch=max(1, config.batch * stages[0].length // stage.length))
+        built.append(stage._replace(data=build_data(own, settings, vocab_size)))
+    return built
 
 
 def fill_defaults(config, settings):
     """Defaults that depend on other flags."""
-    facts = (config.data or ("stdlib" if config.model else "facts")) == "facts"
+    if config.stages is not None:
+        if config.method != "lm" or config.steps is not None or config.seq_len is not None:
+            raise ValueError("--stages is for --method lm, and takes the place of --steps and --seq_len")
+        stages = parse_stages(config.stages)
+        config = dataclasses.replace(config, steps=sum(s.steps for s in stages), seq_len=stages[0].length)
+    data = config.data or ("sites" if config.method == "meco" and not config.model else "stdlib" if config.model else "facts")
+    facts, sites = data == "facts", data == "sites"
     masks_only = config.method == "duo" or getattr(settings, "train", "") == "masks"
     unused = ("lr", "weight_decay", *(("warmup", "min_lr") if config.method == "duo" else ())) if masks_only else ()
     for name in unused:
         if getattr(config, name) is not None:
             raise ValueError(f"--{name} means nothing where only masks learn (see --mask_lr)")
-    defaults = dict(data="stdlib" if config.model else "facts", out_dir=os.path.join("out", config.method),
-                    seq_len=128 if facts else 1024, batch=8 if facts else 1, lr=1e-5 if config.model else 4e-3, baseline=facts,
-                    weight_decay=0.1, warmup=0.1, min_lr=0.01 if masks_only else 0.1)
+    defaults = dict(steps=100, data=data, out_dir=os.path.join("out", config.method), seq_len=128 if facts else 64 if sites else 1024,
+                    batch=8 if facts else 16 if sites else 1, lr=1e-5 if config.model else 3e-3 if config.method == "meco" else 4e-3,
+                    baseline=facts, weight_decay=0.033 if config.method == "meco" else 0.1, warmup=0.05 if config.method == "meco" else 0.1,
+                    min_lr=0.01 if masks_only else 0.1)
     config = dataclasses.replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
     if config.checkpointing is None:
-        config = dataclasses.replace(config, checkpointing=config.seq_len * config.batch >= 8192)
-    if (config.method == "sft" or getattr(settings, "chat", False)) and not (config.model and (config.data or "").endswith(".jsonl")):
-        raise ValueError("conversations want --model DIR and --data FILE.jsonl")
+        longest = max(s.length for s in stages) if config.stages else 0
+        config = dataclasses.replace(config, checkpointing=max(config.seq_len * config.batch, longest) >= 8192)
+    if (config.method == "sft" or getattr(settings, "chat", False)) and not (config.model and (config.data == "problems" or config.data.endswith((".json", ".jsonl")))):
+        raise ValueError("conversations want --model DIR and --data FILE.jsonl, FILE.json or problems")
+    if config.method == "meco" and not (sites and not config.model or config.data.endswith(".jsonl")) or sites and config.method != "meco":
+        raise ValueError("--method meco wants --data FILE.jsonl, or no --model and --data sites, which no other method takes")
     if config.method in ("prulong", "duo") and not facts and not config.model:
         raise ValueError(f"--method {config.method} on text needs a trained model: --model DIR")
     return config
@@ -685,15 +862,18 @@ def main(argv=None):
     llama = load_config(config.model) if config.model else TINY
     about = check_out_dir(config.out_dir, config, settings)
     dtype, reason = (about["dtype"], "as before") if about else choose_dtype(config, llama)
-    model, data = build(config, settings, dtype)
+    model = build_model(config, settings, dtype)
+    stages = build_stages(config, settings, model.config.vocab_size)
+    data = stages[-1].data
     model.checkpointing = config.checkpointing
     kind = torch.device(config.device).type
     autocast = lambda: torch.autocast(kind, DTYPES[dtype], enabled=dtype != "float32")
     print(f"{config.method}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {config.steps} steps of "
-          f"{config.grad_accum * config.batch} x {config.seq_len} tokens of {config.data}; {dtype} ({reason}), {config.device}", flush=True)
+          f"{config.grad_accum * config.batch} x {config.seq_len} tokens{f' and on, {config.stages},' if config.stages else ''} of {config.data}; {dtype} ({reason}), {config.device}", flush=True)
     about = {"method": config.method, "settings": run_settings(config, settings), "dtype": dtype}
     method = build_method(model, settings or config, config.seed)
-    method.batch(data, np.random.default_rng(config.seed))  # what cannot be is found out before anything is written
+    for stage in stages:
+        method.batch(stage.data, np.random.default_rng(config.seed), 0, config.steps)  # what cannot be is found out before anything is written
     os.makedirs(config.out_dir, exist_ok=True)
     log = Log(os.path.join(config.out_dir, "log.jsonl"))
     if not config.resume:
@@ -701,17 +881,22 @@ def main(argv=None):
         log.write("config", **about, reason=reason, torch=torch.__version__, threads=torch.get_num_threads())
 
     learns_heads = config.method in ("prulong", "duo")
-    if not learns_heads:
-        before = score_masks(model, data, [torch.ones(llama.n_layer, llama.n_kv_head, dtype=torch.bool)], 0, 1, config, autocast)[2][0]
-    results = {config.method: (method, fit(method, model, data, config, config.out_dir, about, autocast))}
+    if config.method == "meco":
+        before = meco.conditioned_losses(model, data.exams, settings.first_tokens, autocast)
+    elif not learns_heads:
+        before = score_weights(model, data, config, dtype, autocast)
+    results = {config.method: (method, fit(method, model, stages, config, config.out_dir, about, autocast))}
     trained_weights = any(p.requires_grad for p in model.parameters())
     if trained_weights:
         save_model(model, config.out_dir)
         for name in TOKENIZER_FILES:
             if config.model and os.path.exists(os.path.join(config.model, name)):
                 shutil.copy(os.path.join(config.model, name), config.out_dir)
-    if not learns_heads:
-        outcome = report_lm(before, model, data, config, results[config.method][1], autocast)
+    if config.method == "meco":
+        after = meco.conditioned_losses(model, data.exams, settings.first_tokens, autocast)
+        outcome = report_conditions(before, after, settings.first_tokens, results[config.method][1])
+    elif not learns_heads:
+        outcome = report_lm(before, model, data, config, results[config.method][1], dtype, autocast)
     else:
         prulong.save_heads(os.path.join(config.out_dir, "heads.tsv"), method.mask())
         prulong.save_heads(os.path.join(config.out_dir, "scores.tsv"), method.scores())
@@ -720,8 +905,10 @@ def main(argv=None):
             duo, out_dir = prulong.Duo(model, duo_settings, config.seed), os.path.join(config.out_dir, "duo")
             os.makedirs(out_dir, exist_ok=True)
             about |= {"method": "duo", "settings": run_settings(config, duo_settings)}
-            results["duo"] = duo, fit(duo, model, data, config, out_dir, about, autocast)
+            results["duo"] = duo, fit(duo, model, stages, config, out_dir, about, autocast)
         outcome = report_heads(results, model, data, settings, config, autocast)
+    if config.stages:
+        outcome["stages"] = report_stages(log.path, outcome["score"])
     outcome = {"method": config.method, "seed": config.seed, "steps": config.steps, "dtype": dtype, **outcome}
     log.write("end", **outcome)
     print(json.dumps(outcome, allow_nan=False))

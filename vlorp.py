@@ -28,6 +28,7 @@ from torch import distributed
 from model import Llama, LlamaConfig, flag, parse, run
 
 SCHEMES = ("projfactor", "subspace", "original")
+BASES = ("normal", "rademacher", "svd")
 
 
 class ProjFactor(torch.optim.Optimizer):
@@ -37,8 +38,9 @@ class ProjFactor(torch.optim.Optimizer):
     groups with rank None, are updated by plain AdamW: embeddings and the output matrix belong there (see param_groups).
     rank r and granularity c: m / c and n c must be integers, m the smaller side; the budget M = c r is what counts in memory.
     betas, eps, weight_decay (decoupled): Adam's. proj_every [steps]: a new P; at_refresh keeps the old first moment, which is noise in
-    the new basis for some ten steps, or resets it. basis: normal or rademacher. scheme: projfactor; subspace keeps both moments
-    projected (GaLore's way, with a random basis); original keeps both in full size (a reference that saves nothing).
+    the new basis for some ten steps, or resets it. basis: normal or rademacher; svd takes the r leading right singular vectors of the
+    window's first micro-batch and stores them (with scheme subspace that is GaLore, arXiv:2403.03507). scheme: projfactor; subspace
+    keeps both moments projected; original keeps both in full size (a reference that saves nothing).
     max_norm clips the norm of all gradients, the projected ones by their projection (its expected square is the gradient's).
 
     After step(), `norm` is the gradients' norm. A step with a non-finite gradient is skipped and counted in `skipped`. With
@@ -52,7 +54,7 @@ class ProjFactor(torch.optim.Optimizer):
                  basis="normal", scheme="projfactor", at_refresh="keep", max_norm=None):
         if lr < 0 or eps <= 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas) or proj_every < 1:
             raise ValueError(f"want lr, weight_decay >= 0, eps > 0, betas in [0, 1), proj_every >= 1, got {lr}, {weight_decay}, {eps}, {betas}, {proj_every}")
-        for name, value, known in (("basis", basis, ("normal", "rademacher")), ("scheme", scheme, SCHEMES), ("at_refresh", at_refresh, ("keep", "reset"))):
+        for name, value, known in (("basis", basis, BASES), ("scheme", scheme, SCHEMES), ("at_refresh", at_refresh, ("keep", "reset"))):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         super().__init__(params, dict(lr=lr, rank=rank, granularity=granularity, betas=betas, eps=eps, weight_decay=weight_decay,
@@ -73,13 +75,17 @@ class ProjFactor(torch.optim.Optimizer):
     def take(self, p):
         """Project p.grad, add it to what this step has of it so far, and free it."""
         group = self.param_groups[self.index[p][1]]
-        state = self.state[p]
-        small = as_rows(p.grad, group) @ self.basis(p, group, state.get("step", 0))
+        state, rows = self.state[p], as_rows(p.grad, group)  # (n c, m / c)
+        if group["basis"] == "svd" and "sum" not in state and state.get("step", 0) % group["proj_every"] == 0:
+            state["basis"] = leading_directions(rows, group["rank"])
+        small = rows @ self.basis(p, group, state.get("step", 0))
         state["sum"] = state["sum"].add_(small) if "sum" in state else small
         p.grad = None
 
     def basis(self, p, group, step):
-        """P (m / c, r) of the window that holds this step: the same on every machine and device."""
+        """P (m / c, r) of the window that holds this step: the same on every machine and device, or the stored one."""
+        if group["basis"] == "svd":
+            return self.state[p]["basis"]
         text = f"{group['seed']} {step // group['proj_every']} {self.index[p][0]}"
         rng = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1)
         shape, scale = (view_shape(p, group)[1], group["rank"]), group["rank"] ** -0.5
@@ -166,12 +172,16 @@ class ProjFactor(torch.optim.Optimizer):
 
     def state_like(self, p, group) -> dict:
         """Shapes of the float state of a parameter that has been updated, by name; besides it has an int, `step`."""
-        full, rows = tuple(p.shape), (view_shape(p, group)[0], group["rank"]) if projected(p, group) else None
-        if rows is None or group["scheme"] == "original":
+        full = tuple(p.shape)
+        if not projected(p, group):
             return {"m": full, "v": full}
+        (n_rows, width), r = view_shape(p, group), group["rank"]
+        basis = {"basis": (width, r)} if group["basis"] == "svd" else {}
+        if group["scheme"] == "original":
+            return {"m": full, "v": full} | basis
         if group["scheme"] == "subspace":
-            return {"m": rows, "v": rows}
-        return {"m": rows, "row": full[:1], "column": full[1:]}
+            return {"m": (n_rows, r), "v": (n_rows, r)} | basis
+        return {"m": (n_rows, r), "row": full[:1], "column": full[1:]} | basis
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors."""
@@ -199,6 +209,8 @@ def view_shape(p, group):
     if c <= 0 or type(r) is not int or r < 1 or (m / c).denominator != 1 or (n * c).denominator != 1:
         raise ValueError(f"a matrix of shape {tuple(p.shape)} cannot be projected with rank {r} and granularity {c}: {m} / {c} and "
                          f"{n} * {c} must be integers")
+    if group["basis"] == "svd" and r > min(m / c, n * c):
+        raise ValueError(f"a matrix of shape {tuple(p.shape)} has only {min(m / c, n * c)} singular vectors at granularity {c}, not {r}")
     if (m / c) * r > 2 ** 28:
         raise ValueError(f"the basis of a matrix of shape {tuple(p.shape)} with rank {r} and granularity {c} has {m / c * r} numbers: too many")
     return int(n * c), int(m / c)
@@ -208,6 +220,21 @@ def as_rows(grad, group):
     """G as n c rows of m / c numbers, at least float32; the longer side comes first."""
     tall = grad if grad.shape[0] >= grad.shape[1] else grad.T
     return tall.to(wide(grad)).reshape(view_shape(grad, group))
+
+
+def leading_directions(rows, r):
+    """The r leading right singular vectors of rows (N, k), (k, r); the same on all processes. From the smaller Gram matrix: a full
+    SVD takes several times as long."""
+    rows = rows.nan_to_num(0.0, 0.0, 0.0)  # such a step is skipped later, but must get there
+    if rows.shape[0] >= rows.shape[1]:
+        basis = torch.linalg.eigh(rows.T @ rows)[1][:, -r:]
+    else:
+        left = torch.linalg.eigh(rows @ rows.T)[1][:, -r:]
+        basis = torch.linalg.qr(rows.T @ left)[0]
+    basis = basis.contiguous()
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.broadcast(basis, 0)
+    return basis
 
 
 def from_rows(rows, p):
@@ -244,7 +271,7 @@ class Config:
     rank: int = flag(1, "rank r of each projected row; what is stored is granularity times rank per row", low=1, high=10 ** 6)
     granularity: float = flag(64.0, "rows that a gradient's row is cut into; below 1 rows are glued (0.25: four)", low=1e-6, high=1e6)
     proj_every: int = flag(30, "steps between two draws of the projections", low=1)
-    basis: str = flag("normal", "of the projections", choices=("normal", "rademacher"))
+    basis: str = flag("normal", "of the projections", choices=BASES)
     scheme: str = flag("projfactor", "what of the moments is projected", choices=SCHEMES)
     at_refresh: str = flag("keep", "the first moment when the projections are drawn anew", choices=("keep", "reset"))
     chat: bool = flag(False, "data are conversations, as for --method sft")
@@ -299,19 +326,21 @@ def main():
     run_steps(base, torch.optim.Adam(base.parameters(), lr=3e-3), source_bytes(["asyncio", "email", "http"]), 300, rng)
     start, data = base.state_dict(), source_bytes(["json", "unittest", "xml/dom"])
     print("| optimizer | granularity c | rank r | loss of the last 10 steps | state bytes | gradient bytes | seconds |\n|---|---|---|---|---|---|---|")
-    for scheme, c, r in (("AdamW", None, None), ("projfactor", 8, 1), ("projfactor", 1, 8), ("projfactor", Fraction(1, 8), 64), ("subspace", 1, 8)):
+    for name, scheme, basis, c, r in (("AdamW", None, None, None, None), ("ProjFactor", "projfactor", "normal", 8, 1),
+                                      ("ProjFactor", "projfactor", "normal", 1, 8), ("ProjFactor", "projfactor", "normal", Fraction(1, 8), 64),
+                                      ("both moments projected", "subspace", "normal", 1, 8), ("the same, SVD (GaLore)", "subspace", "svd", 1, 8)):
         model = Llama(llama).requires_grad_(False)
         model.load_state_dict(start)
         matrices = [p.requires_grad_(True) for p in param_groups(model)[0]["params"]]
         if c is None:
             optimizer = torch.optim.AdamW(matrices, lr=config.lr / 3, weight_decay=0.0)
         else:
-            optimizer = ProjFactor(matrices, lr=config.lr, rank=r, granularity=c, proj_every=30, scheme=scheme, seed=config.seed)
+            optimizer = ProjFactor(matrices, lr=config.lr, rank=r, granularity=c, proj_every=30, scheme=scheme, basis=basis, seed=config.seed)
         begun = time.perf_counter()
         loss = run_steps(model, optimizer, data, config.steps, torch.Generator().manual_seed(config.seed + 1))
         state = sum(x.nbytes for s in optimizer.state.values() for k, x in s.items() if torch.is_tensor(x) and k != "step")
         held = sum(p.nbytes for p in matrices) if c is None else sum(4 * max(p.shape) * int(c * r) for p in matrices)
-        print(f"| {scheme} | {c or '-'} | {r or '-'} | {loss:.3f} | {state:,} | {held:,} | {time.perf_counter() - begun:.1f} |")
+        print(f"| {name} | {c or '-'} | {r or '-'} | {loss:.3f} | {state:,} | {held:,} | {time.perf_counter() - begun:.1f} |")
 
 
 if __name__ == "__main__":
