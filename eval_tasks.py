@@ -1880,6 +1880,7 @@ class Config:
     seed: int = flag(0, "of the built examples, and of the tiny model", low=0, high=2 ** 31)
     data: str | None = flag(None, "folder with the benchmark's own files")
     chat: bool = flag(False, "use the tokenizer's chat format")
+    prefix_host: str | None = flag(None, "put this host before every prompt, for models trained with MeCo (not with --chat)")
     policy: str = flag("full", "comma-separated: full streaming snapkv pyramidkv h2o tova knorm random heads")
     budget: int | None = flag(None, "for the policies that take one: entries kept per KV head [tokens]", low=0)
     keep: float | None = flag(None, "instead of budget: share kept", low=0, high=1)
@@ -1994,6 +1995,13 @@ def evaluate(config, model, tokenizer, log):
     return rows
 
 
+def behind_host(example, tokenizer, host) -> Example:
+    """The example with MeCo's "URL: host" and an empty line once before the whole prompt (arXiv:2501.01956)."""
+    n_bos = int(tokenizer.add_bos)
+    given = tokenizer.encode(f"URL: {host}\n\n")
+    return replace(example, prompt=[*example.prompt[:n_bos], *given, *example.prompt[n_bos:]])
+
+
 def examples_of(config, name, length, policies, tokenizer):
     """Yield (i, policy, example) of one task and length; built ones one at a time."""
     official = ":" in name
@@ -2001,6 +2009,8 @@ def examples_of(config, name, length, policies, tokenizer):
         build(name, config.n, length, config.seed) if name == "facts" else None
     for i in range(config.n if loaded is None else len(loaded)):
         example = build_one(name, i, length, config.seed, tokenizer, config.chat) if loaded is None else loaded[i]
+        if config.prefix_host is not None:
+            example = behind_host(example, tokenizer, config.prefix_host)
         for p in policies:
             yield i, p, example
 
@@ -2095,6 +2105,8 @@ def main():
             raise ValueError(f"--{name} means nothing to policy {config.policy}")
     if policies != ["full"] and any(name.startswith("litsearch:") for name in names):
         raise ValueError("litsearch tasks take no eviction policy")
+    if config.prefix_host is not None and (config.chat or any(name == "facts" or name.startswith("litsearch:") for name in names)):
+        raise ValueError("--prefix_host is for prompts of plain text: not with --chat, facts or litsearch")
     if config.allow_code_exec and not shutil.which("g++"):
         raise ValueError("--allow_code_exec: there is no g++ here")
     if config.out == "" or os.path.exists(config.out) and not os.path.isfile(config.out):

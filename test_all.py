@@ -2323,6 +2323,14 @@ def test_meco_documents_by_hand():
     assert meco.encode(merging, "a", "x")[0].tolist()[-1] == ord("a")
 
 
+def test_tasks_behind_a_host():
+    tokenizer = model_file.byte_tokenizer()
+    example = eval_tasks.build_one("niah_s", 0, 600, 0, tokenizer, False)
+    behind = eval_tasks.behind_host(example, tokenizer, "x.y")
+    assert behind.prompt == meco.prompt(tokenizer, example.user + "\n" + example.prefix if example.prefix else example.user, "x.y")
+    assert behind.answer == example.answer
+
+
 def test_meco_packs_whole_rows_and_leaks_nothing():
     rng = np.random.default_rng(0)
     docs = [meco.join([0], [1] * int(rng.integers(0, 9)), [2 + i] * int(rng.integers(1, 30)), [1]) for i in range(40)]
