@@ -3,7 +3,8 @@
 A gradient G (n, m) is read as n c rows of m / c numbers, and each row is projected by one random P (m / c, r):
     Gt = reshape(G, (n c, m / c)),   Gs = Gt P  (n c, r),   G ~ Go = reshape(Gs P^T, (n, m)),   P ~ N(0, 1 / r).
 What is stored has n M numbers, M = c r, whatever the granularity c is: c = 1 is the row of GaLore and FLORA, c > 1 cuts a row in
-pieces, c < 1 glues rows together. P is never stored: it is drawn again from (seed, epoch, parameter) whenever it is needed.
+pieces, c < 1 glues rows together. A wide matrix (m, n) is projected from the left, without being transposed, as released:
+Gt = reshape(G, (m / c, n c)), Gs = P^T Gt. P is never stored: it is drawn again from (seed, epoch, parameter) whenever it is needed.
 
 ProjFactor keeps Adam's first moment as a projection and its second moment as row and column sums (Adafactor's factors):
     ms <- b1 ms + (1 - b1) Gs,   R, C <- b2 R, C + (1 - b2) (row, column sums of Go^2),   V = R C^T / sum(R),
@@ -14,6 +15,7 @@ released code has it. Each gradient is projected as soon as the backward pass ha
 
     python vlorp.py                # AdamW and projections of three granularities on a small language model (half a minute)
 """
+import functools
 import hashlib
 import math
 import os
@@ -75,10 +77,11 @@ class ProjFactor(torch.optim.Optimizer):
     def take(self, p):
         """Project p.grad, add it to what this step has of it so far, and free it."""
         group = self.param_groups[self.index[p][1]]
-        state, rows = self.state[p], as_rows(p.grad, group)  # (n c, m / c)
+        state = self.state[p]
         if group["basis"] == "svd" and "sum" not in state and state.get("step", 0) % group["proj_every"] == 0:
-            state["basis"] = leading_directions(rows, group["rank"])
-        small = rows @ self.basis(p, group, state.get("step", 0))
+            units = as_units(p.grad, group)
+            state["basis"] = leading_directions(units if is_tall(p) else units.T, group["rank"])
+        small = project(p.grad, self.basis(p, group, state.get("step", 0)), group)
         state["sum"] = state["sum"].add_(small) if "sum" in state else small
         p.grad = None
 
@@ -115,46 +118,44 @@ class ProjFactor(torch.optim.Optimizer):
         scale = 1.0 if self.max_norm is None else min(1.0, self.max_norm / (self.norm + 1e-6))
         for p, group in self.groups():
             if p in gradients:
-                update = self.projected_update if projected(p, group) else self.plain_update
-                above, below = update(p, group, gradients[p].to(wide(p)) * scale)
                 if group["weight_decay"]:
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                if p.dtype == above.dtype:
-                    p.addcdiv_(above, below, value=-group["lr"])  # one pass instead of two
-                else:
-                    p.add_((above / below).to(p.dtype), alpha=-group["lr"])
+                update = self.projected_update if projected(p, group) else self.plain_update
+                update(p, group, gradients[p].to(wide(p)) if scale == 1 else gradients[p].to(wide(p)) * scale)
         return loss
 
     def projected_update(self, p, group, small):
-        """The change of a matrix per unit of learning rate as a fraction, the state updated by small (n c, r)."""
+        """Update a matrix and its state by the projection `small` of its gradient."""
         state, (b1, b2), eps = self.state[p], group["betas"], group["eps"]
         basis = self.basis(p, group, state.get("step", 0))
         refreshed = state.get("step", 0) and state["step"] % group["proj_every"] == 0
         state["step"] = state.get("step", 0) + 1
         correction = math.sqrt(1 - b2 ** state["step"]) / (1 - b1 ** state["step"])
-        back = lambda x: from_rows(x @ basis.T, p)
         if group["scheme"] == "original":
-            full = back(small)
-            m, v = moments(state, full, full.square(), b1, b2)
-            return correction * m, v.sqrt().add_(eps)
+            full = torch.cat([block for _, block in estimate(small, basis, p)])
+            m, v = moments(state, full, b1, b2)
+            return descend(p, group["lr"] * correction, m, v.sqrt().add_(eps))
         if refreshed and group["at_refresh"] == "reset":
             state["m"].zero_()
         if group["scheme"] == "subspace":
-            m, v = moments(state, small, small.square(), b1, b2)
-            return back(correction * m / (v.sqrt() + eps)), torch.ones((), device=p.device)
+            m, v = moments(state, small, b1, b2)
+            for rows, block in estimate(m / (v.sqrt() + eps), basis, p):
+                p[rows].sub_(block.to(p.dtype), alpha=group["lr"] * correction)
+            return
         for name, sums in zip(("row", "column"), square_sums(small, basis, p)):
-            state.setdefault(name, torch.zeros_like(sums)).mul_(b2).add_(sums, alpha=1 - b2)
-        row, column = state["row"], state["column"]
-        m = state.setdefault("m", torch.zeros_like(small)).mul_(b1).add_(small, alpha=1 - b1)
-        root = torch.addr(row.new_full((1, 1), eps), (row / row.sum().clamp_min(1e-30)).sqrt_(), column.sqrt())
-        return back(m * correction), root  # sqrt(V) + eps, V = R C^T / sum(R)
+            running(state, name, sums).lerp_(sums, 1 - b2)
+        m = running(state, "m", small).lerp_(small, 1 - b1)
+        row, column = (state["row"] / state["row"].sum().clamp_min(1e-30)).sqrt_(), state["column"].sqrt()
+        for rows, block in estimate(m, basis, p):  # sqrt(V) + eps, V = R C^T / sum(R), a block at a time too
+            descend(p[rows], group["lr"] * correction, block, (row[rows, None] * column).add_(eps))
 
     def plain_update(self, p, group, grad):
-        """AdamW's change per unit of learning rate as a fraction (arXiv:1711.05101)."""
+        """AdamW (arXiv:1711.05101)."""
         state, (b1, b2) = self.state[p], group["betas"]
         state["step"] = state.get("step", 0) + 1
-        m, v = moments(state, grad, grad.square(), b1, b2)
-        return m / (1 - b1 ** state["step"]), (v / (1 - b2 ** state["step"])).sqrt_().add_(group["eps"])
+        m, v = moments(state, grad, b1, b2)
+        root = (v / (1 - b2 ** state["step"])).sqrt_().add_(group["eps"])
+        descend(p, group["lr"] / (1 - b1 ** state["step"]), m, root)
 
     def zero_grad(self, set_to_none=True):
         """Forget this step's gradients, the projected sums too."""
@@ -175,13 +176,14 @@ class ProjFactor(torch.optim.Optimizer):
         full = tuple(p.shape)
         if not projected(p, group):
             return {"m": full, "v": full}
-        (n_rows, width), r = view_shape(p, group), group["rank"]
+        (n_units, width), r = view_shape(p, group), group["rank"]
+        rows = (n_units, r) if is_tall(p) else (r, n_units)
         basis = {"basis": (width, r)} if group["basis"] == "svd" else {}
         if group["scheme"] == "original":
             return {"m": full, "v": full} | basis
         if group["scheme"] == "subspace":
-            return {"m": (n_rows, r), "v": (n_rows, r)} | basis
-        return {"m": (n_rows, r), "row": full[:1], "column": full[1:]} | basis
+            return {"m": rows, "v": rows} | basis
+        return {"m": rows, "row": full[:1], "column": full[1:]} | basis
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors."""
@@ -197,29 +199,71 @@ def wide(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def moments(state, first, second, b1, b2):
-    """Adam's running means, updated in place."""
-    m, v = state.setdefault("m", torch.zeros_like(first)), state.setdefault("v", torch.zeros_like(second))
-    return m.mul_(b1).add_(first, alpha=1 - b1), v.mul_(b2).add_(second, alpha=1 - b2)
+def running(state, name, like):
+    """A running mean in the state, from 0 on."""
+    if name not in state:
+        state[name] = torch.zeros_like(like)
+    return state[name]
+
+
+def moments(state, g, b1, b2):
+    """Adam's running means of g and g^2, updated in place."""
+    m, v = (running(state, name, g) for name in "mv")
+    return m.lerp_(g, 1 - b1), v.mul_(b2).addcmul_(g, g, value=1 - b2)
+
+
+def descend(p, lr, above, below):
+    """p <- p - lr above / below, in one pass where the dtypes allow."""
+    if p.dtype == above.dtype:
+        p.addcdiv_(above, below, value=-lr)
+    else:
+        p.sub_((above / below).to(p.dtype), alpha=lr)
+
+
+def is_tall(p) -> bool:
+    return p.shape[0] >= p.shape[1]
 
 
 def view_shape(p, group):
-    """(n c, m / c) of a matrix (n, m) or (m, n), m <= n."""
-    n, m, c, r = max(p.shape), min(p.shape), Fraction(group["granularity"]).limit_denominator(10 ** 6), group["rank"]
+    """(n c, m / c) of a matrix (n, m) or (m, n), m <= n. Raises ValueError where these are no integers, or the basis would be absurd."""
+    return units_of(tuple(p.shape), group["granularity"], group["rank"], group["basis"])
+
+
+@functools.lru_cache(maxsize=1024)  # asked for three times a step and matrix
+def units_of(shape, granularity, r, basis):
+    n, m, c = max(shape), min(shape), Fraction(granularity).limit_denominator(10 ** 6)
     if c <= 0 or type(r) is not int or r < 1 or (m / c).denominator != 1 or (n * c).denominator != 1:
-        raise ValueError(f"a matrix of shape {tuple(p.shape)} cannot be projected with rank {r} and granularity {c}: {m} / {c} and "
-                         f"{n} * {c} must be integers")
-    if group["basis"] == "svd" and r > min(m / c, n * c):
-        raise ValueError(f"a matrix of shape {tuple(p.shape)} has only {min(m / c, n * c)} singular vectors at granularity {c}, not {r}")
+        raise ValueError(f"a matrix of shape {shape} cannot be projected with rank {r} and granularity {c}: {m} / {c} and {n} * {c} must be integers")
+    if basis == "svd" and r > min(m / c, n * c):
+        raise ValueError(f"a matrix of shape {shape} has only {min(m / c, n * c)} singular vectors at granularity {c}, not {r}")
     if (m / c) * r > 2 ** 28:
-        raise ValueError(f"the basis of a matrix of shape {tuple(p.shape)} with rank {r} and granularity {c} has {m / c * r} numbers: too many")
+        raise ValueError(f"the basis of a matrix of shape {shape} with rank {r} and granularity {c} has {m / c * r} numbers: too many")
     return int(n * c), int(m / c)
 
 
-def as_rows(grad, group):
-    """G as n c rows of m / c numbers, at least float32; the longer side comes first."""
-    tall = grad if grad.shape[0] >= grad.shape[1] else grad.T
-    return tall.to(wide(grad)).reshape(view_shape(grad, group))
+def as_units(grad, group):
+    """G with a unit, that is m / c numbers that are projected together, in each row (n c, m / c); of a wide G in each column."""
+    n_units, width = view_shape(grad, group)
+    return grad.to(wide(grad)).reshape((n_units, width) if is_tall(grad) else (width, n_units))
+
+
+def project(grad, basis, group):
+    """Gs (n c, r) of a tall gradient, (r, n c) of a wide one."""
+    return as_units(grad, group) @ basis if is_tall(grad) else basis.T @ as_units(grad, group)
+
+
+BLOCK = 2 ** 18  # numbers of an estimate at a time: they stay in the processor's cache until the weights have taken them
+
+
+def estimate(small, basis, p):
+    """The rows of Go, a block at a time: yields (slice of p's rows, estimate of these rows)."""
+    left, right = (small, basis.T) if is_tall(p) else (basis, small)
+    whole = len(p) // math.gcd(len(p), len(left))  # so many rows of p make whole rows of left
+    step = whole * max(1, BLOCK // (whole * p.shape[1]))
+    for start in range(0, len(p), step):
+        end = min(start + step, len(p))
+        part = left[start * len(left) // len(p):end * len(left) // len(p)]
+        yield slice(start, end), (part @ right).view(-1, p.shape[1])
 
 
 def leading_directions(rows, r):
@@ -237,24 +281,27 @@ def leading_directions(rows, r):
     return basis
 
 
-def from_rows(rows, p):
-    """The inverse of as_rows: (n c, m / c) -> the shape of p."""
-    n, m = max(p.shape), min(p.shape)
-    return rows.reshape(n, m) if p.shape[0] >= p.shape[1] else rows.reshape(n, m).T
+def gram(x):
+    """x^T x of each matrix of a batch (c, n, r)."""
+    return x.square().sum(1, keepdim=True) if x.shape[2] == 1 else x.mT @ x  # many products of vectors are slow as matrix products
 
 
 def square_sums(small, basis, p):
-    """Sums of Go^2 over columns and over rows, (p.shape[0],) and (p.shape[1],), without forming Go where every unit lies in one row:
-    (Gs P^T)^2 summed over a unit is Gs (P^T P) Gs^T, and summed over rows P (Gs^T Gs) P^T."""
-    n, m, r = max(p.shape), min(p.shape), small.shape[1]
-    if len(small) % n:  # units of more than one row
-        square = (small @ basis.T).reshape(n, m).square_()
-        sums = square.sum(1), square.sum(0)
-    else:
-        flat = small.view(n, -1)  # (n, c r)
-        grams = (flat.T @ flat).unflatten(0, (-1, r)).unflatten(2, (-1, r)).diagonal(dim1=0, dim2=2)  # Gs^T Gs of each unit, (r, r, c)
-        sums = ((small @ (basis.T @ basis)) * small).view(n, -1).sum(1), torch.einsum("kr,rsc,ks->ck", basis, grams, basis).flatten()
-    return sums if p.shape[0] >= p.shape[1] else sums[::-1]
+    """Sums of Go^2 over columns and over rows, (p.shape[0],) and (p.shape[1],), without forming Go where every unit lies in one row of p
+    (wide: in one column): (Gs P^T)^2 summed over a unit is Gs (P^T P) Gs^T, and summed over units P (Gs^T Gs) P^T."""
+    r, n = basis.shape[1], max(p.shape)
+    tall = small if is_tall(p) else small.T  # (n c, r)
+    if len(tall) % n:  # units of more than one row
+        rows, columns = zip(*((block.square().sum(1), block.square().sum(0)) for _, block in estimate(small, basis, p)))
+        return torch.cat(rows), torch.stack(columns).sum(0)
+    per_unit = ((tall @ (basis.T @ basis)) * tall).sum(1)  # (n c,)
+    if is_tall(p):  # units (n, c): unit (i, a) is piece a of row i
+        units = small.view(n, -1, r).transpose(0, 1)  # (c, n, r)
+        grams = gram(units)  # (c, r, r)
+        return per_unit.view(n, -1).sum(1), torch.einsum("kr,crs,ks->ck", basis, grams, basis).flatten()
+    units = small.view(r, -1, n).permute(1, 2, 0)  # unit (a, j): the rows a, a + c, a + 2 c ... of column j; (c, n, r)
+    grams = gram(units)  # (c, r, r)
+    return torch.einsum("kr,crs,ks->kc", basis, grams, basis).flatten(), per_unit.view(-1, n).sum(0)
 
 
 def param_groups(model):
