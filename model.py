@@ -260,17 +260,33 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, layer, attend, cos, sin):
+    def forward(self, x, layer, attend, cos, sin, read=None):
         x = x + self.self_attn(self.input_layernorm(x), layer, attend, cos, sin)
+        if read is not None:
+            x = x + read(layer, x)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Trunk(nn.Module):
+    """Everything of a Llama but its output matrix."""
+
     def __init__(self, config):
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
+
+    def forward(self, config, tokens, attend, positions, read=None, checkpointing=False):
+        """States after the final norm, (N, n_embd)."""
+        check_tokens(tokens, config.vocab_size)
+        x = self.embed_tokens(tokens)  # (N, n_embd)
+        cos, sin = rope(config, positions.to(tokens.device), x.dtype)  # (N, 1, D)
+        for layer, block in enumerate(self.layers):
+            if checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, layer, attend, cos, sin, read, use_reentrant=False)
+            else:
+                x = block(x, layer, attend, cos, sin, read)
+        return self.norm(x)
 
 
 class Llama(nn.Module):
@@ -296,19 +312,12 @@ class Llama(nn.Module):
         """The output matrix (V, n_embd): its own, or the embeddings'."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def hidden(self, tokens, attend=None, positions=None):
-        """States after the final norm, (N, n_embd). Arguments as in forward."""
-        check_tokens(tokens, self.config.vocab_size)
+    def hidden(self, tokens, attend=None, positions=None, read=None):
+        """States after the final norm, (N, n_embd). Arguments as in forward; read(layer, x) (N, n_embd), if given, is added to the
+        states x between a layer's attention and its MLP."""
         attend = attend or causal([0, tokens.numel()])
         positions = torch.arange(tokens.numel(), device=tokens.device) if positions is None else positions
-        x = self.model.embed_tokens(tokens)  # (N, n_embd)
-        cos, sin = rope(self.config, positions.to(tokens.device), x.dtype)  # (N, 1, D)
-        for layer, block in enumerate(self.model.layers):
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, layer, attend, cos, sin, use_reentrant=False)
-            else:
-                x = block(x, layer, attend, cos, sin)
-        return self.model.norm(x)
+        return self.model(self.config, tokens, attend, positions, read, self.checkpointing)
 
     def forward(self, tokens, attend=None, positions=None):
         """Logits (N, V) of packed tokens (N,).
