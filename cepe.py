@@ -29,22 +29,23 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from attention_triton import attention
-from model import (KVCache, Linear, Llama, LlamaConfig, RMSNorm, Trunk, causal, cross_entropy, flag, generate, load_config, parse,
+from model import (KVCache, Linear, Llama, LlamaConfig, RMSNorm, Trunk, causal, cross_entropy, flag, generate, lay_together, load_config, parse,
                    read_json, read_tensors, run, save_model, warmup_cosine, weight_files, write_json)
 
 
 @dataclass
 class Config:
-    context: int = flag(512, "tokens of each sequence that go to the encoder; the rest is the decoder's", low=1)
-    chunk_size: int = flag(256, "tokens that the encoder reads at once", low=1)
-    enc_layers: int = flag(6, "layers of a fresh encoder (official: 24)", low=1, high=200)
-    enc_width: int = flag(256, "width of a fresh encoder, at most the decoder's (official: 1024)", low=8, high=16384)
-    init: str = flag("copy", "of the cross-attention's output: the self-attention's, or zero (then the first step changes nothing)",
-                     choices=("copy", "zero"))
+    context: int | None = flag(None, "tokens of each sequence that go to the encoder, the rest is the decoder's (default: half of --seq_len; entity stream 64)", low=1)
+    chunk_size: int | None = flag(None, "tokens that the encoder reads at once (default: 256; entity stream 16)", low=1)
+    enc_layers: int | None = flag(None, "layers of a fresh encoder (default: 6; entity stream 2; official: 24)", low=1, high=200)
+    enc_width: int | None = flag(None, "width of a fresh encoder, at most the decoder's (default: 256; entity stream 48; official: 1024)", low=8, high=16384)
+    decoder_steps: int = flag(1000, "entity stream: that train its decoder first", low=1)
+    init: str | None = flag(None, "of the cross-attention's output: copy of the self-attention's, or zero: the first step changes nothing (default: copy; "
+                                  "entity stream zero)", choices=("copy", "zero"))
     last_n: int | None = flag(None, "layers with cross-attention, counted from the top (default: all)", low=1)
-    mlm: float = flag(0.2, "share of the steps that first train the encoder to fill in masked tokens", low=0, high=1)
+    mlm: float | None = flag(None, "share of the steps that first train the encoder to fill in masked tokens (default: 0.2; entity stream 0)", low=0, high=1)
     mlm_rate: float = flag(0.3, "share of the tokens masked", low=0.01, high=0.99)
-    duplicate: float = flag(0.2, "share of the steps in which encoder and decoder then read the same tokens", low=0, high=1)
+    duplicate: float | None = flag(None, "share of the steps in which encoder and decoder then read the same tokens (default: 0.2; entity stream 0.05)", low=0, high=1)
     mask_chunks: float = flag(0.0, "share of the chunks that are cut short or (a tenth of them) left out (official, random encoder: 0.3)", low=0, high=1)
     kl: float = flag(2.0, "ceped: weight of the distillation, beside 1 of cross-entropy", low=0)
     top_k: int = flag(0, "ceped: distil the teacher's k likeliest tokens and the rest as one; 0: the whole vocabulary (official, stored: 50)", low=0)
@@ -223,6 +224,8 @@ def load_cepe(path, device="cpu", dtype=torch.float32) -> CEPE:
         tensors |= read_tensors(file, want, device, dtype)
     if missing := sorted(want.keys() - tensors.keys()):
         raise ValueError(f"{path}: {len(missing)} tensors are missing, such as {missing[0]}")
+    lay_together(tensors, "model", model.config.n_layer)
+    lay_together(tensors, "encoder", encoder_config.n_layer)
     model.load_state_dict({name: nn.Parameter(tensors[name]) for name in want}, assign=True)
     return model.freeze()
 
@@ -261,10 +264,10 @@ def example(documents, chunk_size, keep=None) -> Example:
                 context.append(before[a:a + n])
                 cu_chunks.append(cu_chunks[-1] + n)
         cu_context.append(cu_chunks[-1])
-    mains = [torch.as_tensor(main) for _, main in documents]
+    mains = [torch.as_tensor(main).long() for _, main in documents]
     targets = torch.cat([torch.cat((main[1:], main.new_full((1,), -100))) for main in mains])
     empty = mains[0].new_zeros(0)
-    return Example(torch.cat(mains), targets, torch.tensor([0, *map(len, mains)]).cumsum(0), torch.cat([torch.as_tensor(c) for c in context] or [empty]),
+    return Example(torch.cat(mains), targets, torch.tensor([0, *map(len, mains)]).cumsum(0), torch.cat([torch.as_tensor(c).long() for c in context] or [empty]),
                    torch.tensor(cu_chunks), torch.tensor(cu_context))
 
 

@@ -158,9 +158,9 @@ def stacked(*layers):
     if torch.is_grad_enabled():
         return None
     weights = [layer.weight for layer in layers]
-    end = weights[0].data_ptr()
+    end, memory = weights[0].data_ptr(), weights[0].untyped_storage().data_ptr()
     for w in weights:
-        if w.data_ptr() != end:
+        if w.data_ptr() != end or w.untyped_storage().data_ptr() != memory:  # tensors of a mapped file lie so too, but are not one
             return None
         end += w.nbytes
     return weights[0].as_strided((sum([len(w) for w in weights]), weights[0].shape[1]), weights[0].stride())
@@ -635,13 +635,18 @@ def load_model(path, device="cpu", dtype=torch.float32) -> Llama:
         tensors |= read_tensors(file, want, device, dtype)
     if missing := sorted(want.keys() - tensors.keys()):
         raise ValueError(f"{path}: {len(missing)} tensors are missing, such as {missing[0]}")
-    for layer in range(model.config.n_layer):
-        for names in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
-            names = [f"model.layers.{layer}.{name}.weight" for name in names]
-            rows = torch.cat([tensors[name] for name in names])  # behind each other, for `stacked`
-            tensors |= zip(names, rows.split([len(tensors[name]) for name in names]))
+    lay_together(tensors, "model", model.config.n_layer)
     model.load_state_dict({name: nn.Parameter(tensors[name]) for name in want}, assign=True)
     return model
+
+
+def lay_together(tensors, trunk, n_layer):
+    """Put weights that read the same input behind each other in memory, for `stacked`."""
+    for layer in range(n_layer):
+        for names in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            names = [f"{trunk}.layers.{layer}.{name}.weight" for name in names]
+            rows = torch.cat([tensors[name] for name in names])
+            tensors |= zip(names, rows.split([len(tensors[name]) for name in names]))
 
 
 def weight_files(path):

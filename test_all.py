@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 import attention_triton
+import cepe
 import eval_tasks
 import evict
 import footprint
@@ -2301,6 +2302,220 @@ def test_projected_gradients_are_averaged_over_processes(tmp_path):
     p = torch.nn.Parameter(torch.ones(8, 12))
     both = [(a + b) / 2 for a, b in zip(made_gradients((8, 12), 4), made_gradients((8, 12), 4, 1))]
     close(torch.load(tmp_path / "x.pt", weights_only=True), optimize(vlorp.ProjFactor([p], lr=0.1, rank=2, granularity=2), p, both), 1e-5)
+
+
+# --- CEPE -----------------------------------------------------------------------------------------------------------------
+
+def small_cepe(init="copy", last_n=None, **changes):
+    """In float64: a grouped-query decoder of width 24, an encoder of width 16."""
+    encoder = LlamaConfig(vocab_size=changes.get("vocab_size", 61) + 1, n_layer=2, n_head=2, n_kv_head=2, n_embd=16, n_ff=24, head_dim=8, tie_embeddings=True)
+    return cepe.extend(small(**changes), encoder, init, last_n)
+
+
+def slow_cepe(model, main, chunks):
+    """Logits (N, V) by explicit softmax: every chunk encoded on its own, one softmax over all of them, block by block."""
+    config, states = model.config, []
+    for chunk in chunks:
+        x = model.encoder.embed_tokens(chunk)
+        cos, sin = model_file.rope(model.encoder_config, torch.arange(len(chunk)), x.dtype)
+        for block in model.encoder.layers:
+            h, a = block.input_layernorm(x), block.self_attn
+            q, k, v = (p(h).unflatten(1, (-1, 8)) for p in (a.q_proj, a.k_proj, a.v_proj))
+            q, k = model_file.rotate(q, cos, sin), model_file.rotate(k, cos, sin)
+            p = torch.einsum("ihd,jhd->hij", q, k).div(8 ** 0.5).softmax(-1)  # bidirectional
+            x = x + a.o_proj(torch.einsum("hij,jhd->ihd", p, v).flatten(1))
+            x = x + block.mlp(block.post_attention_layernorm(x))
+        states.append(model.encoder.norm(x))
+    x, n_rep = model.model.embed_tokens(main), config.n_head // config.n_kv_head
+    cos, sin = model_file.rope(config, torch.arange(len(main)), x.dtype)
+    for block in model.model.layers:
+        h, a = block.input_layernorm(x), block.self_attn
+        q, k, v = (p(h).unflatten(1, (-1, config.head_dim)) for p in (a.q_proj, a.k_proj, a.v_proj))
+        q, k = model_file.rotate(q, cos, sin), model_file.rotate(k, cos, sin)
+        s = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(n_rep, 1)).div(config.head_dim ** 0.5)
+        p = s.masked_fill(torch.ones(len(main), len(main), dtype=torch.bool).triu(1), -torch.inf).softmax(-1)
+        x = x + a.o_proj(torch.einsum("hij,jhd->ihd", p, v.repeat_interleave(n_rep, 1)).flatten(1))
+        if hasattr(block, "cross_attn") and states:
+            c = block.cross_attn
+            q, phi = c.q_proj(c.layernorm(x)).unflatten(1, (-1, config.head_dim)), torch.cat(states)
+            k, v = (p(phi).unflatten(1, (-1, config.head_dim)).repeat_interleave(n_rep, 1) for p in (c.k_proj, c.v_proj))
+            p = torch.einsum("ihd,jhd->hij", q, k).div(config.head_dim ** 0.5).softmax(-1)  # no positions, not causal
+            x = x + c.o_proj(torch.einsum("hij,jhd->ihd", p, v).flatten(1))
+        x = x + block.mlp(block.post_attention_layernorm(x))
+    return model.model.norm(x) @ model.head.T
+
+
+def read_chunks(model, main, chunks, **options):
+    tokens = torch.cat(chunks) if chunks else main[:0]
+    context = model.context(tokens, bounds([len(c) for c in chunks]), **options)
+    return model.hidden(main, context=context) @ model.head.T
+
+
+@pytest.mark.parametrize("last_n", [None, 1])
+def test_cepe_by_definition(last_n):
+    rng = torch.Generator().manual_seed(0)
+    model = small_cepe(last_n=last_n)
+    main, chunks = torch.randint(61, (13,), generator=rng), [torch.randint(61, (n,), generator=rng) for n in (7, 7, 3, 7)]
+    want = slow_cepe(model, main, chunks)
+    got = read_chunks(model, main, chunks)
+    close(got, want, 2e-6)  # cos and sin are float32
+    plain = model_file.Llama.hidden(model, main) @ model.head.T
+    assert (got - plain).abs().max() > 0.1
+    close(plain, small()(main), 0)  # the decoder itself is untouched, and without context nothing is read
+    assert torch.equal(read_chunks(model, main, []), plain)
+    order = read_chunks(model, main, [chunks[i] for i in (2, 0, 3, 1)])
+    close(order, got, 1e-12)  # chunks are a set,
+    assert (read_chunks(model, main, [c.flip(0) for c in chunks]) - got).abs().max() > 1e-3  # their tokens are not
+    close(read_chunks(model, main, chunks * 2), got, 1e-12)  # a weighted mean: twice the same weighs the same
+    for size in (1, 2, 3):
+        close(read_chunks(model, main, chunks, slice=size), got, 1e-12)
+    close(read_chunks(model, main, chunks, cache_kv=True), got, 1e-12)
+    packed = model.context(torch.cat(chunks), bounds([7, 7, 3, 7]), [0, 14, 14, 24])  # three documents, the second without context
+    together = model.hidden(torch.cat((main, main[:5], main)), model_file.causal([0, 13, 18, 31]), context=packed, cu_seqlens=[0, 13, 18, 31]) @ model.head.T
+    for rows, part in ((slice(0, 13), chunks[:2]), (slice(13, 18), []), (slice(18, 31), chunks[2:])):
+        close(together[rows], read_chunks(model, main[:rows.stop - rows.start], part), 1e-6)
+
+
+def test_cepe_starts_and_learns_where_it_should():
+    """zero-o is the decoder bit for bit; gradient reaches exactly the new parameters, at first only o."""
+    rng = torch.Generator().manual_seed(1)
+    main, chunks = torch.randint(61, (9,), generator=rng), [torch.randint(61, (6,), generator=rng) for _ in range(3)]
+    model, before = small_cepe("zero"), small().state_dict()
+    assert torch.equal(read_chunks(model, main, chunks), model_file.Llama.hidden(model, main) @ model.head.T)
+    cross = model.model.layers[0].cross_attn
+    own = model.model.layers[0].self_attn
+    assert torch.equal(cross.k_proj.weight, own.k_proj.weight[:, :16]) and torch.equal(cross.q_proj.weight, own.q_proj.weight)
+    assert torch.equal(cross.layernorm.weight, model.model.layers[0].post_attention_layernorm.weight) and cross.k_proj.weight.shape == (16, 16)
+    new = {n: p for n, p in model.named_parameters() if n.startswith("encoder.") or ".cross_attn." in n}
+    optimizer = torch.optim.SGD(new.values(), lr=0.1)
+    for step in range(3):
+        loss = torch.nn.functional.cross_entropy(read_chunks(model, main, chunks)[:-1], main[1:])
+        loss.backward()
+        assert {n for n, p in model.named_parameters() if p.grad is not None} == set(new)
+        for name, p in new.items():
+            assert p.grad.any() == (step > 0 or "o_proj" in name and "cross" in name), (step, name)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n not in new)
+    with pytest.raises(ValueError, match="width 32 is above"):
+        cepe.extend(small(), dataclasses.replace(model.encoder_config, n_embd=32))
+
+
+def test_cepe_decodes_with_a_cache():
+    rng = torch.Generator().manual_seed(2)
+    model = small_cepe()
+    main, chunks = torch.randint(61, (12,), generator=rng), [torch.randint(61, (6,), generator=rng) for _ in range(3)]
+    want = read_chunks(model, main, chunks)
+    for cache_kv in (False, True):
+        context = model.context(torch.cat(chunks), [0, 6, 12, 18], cache_kv=cache_kv)
+        assert context.nbytes() == 18 * (3 * 2 * 16 if cache_kv else 16) * 8
+        reading, cache = cepe.Reading(model, context), KVCache(model)
+        hidden = [reading.hidden(part, cache.attend, cache.next_positions(len(part))) for part in (main[:5], *main[5:].split(1))]
+        close(torch.cat(hidden) @ model.head.T, want, 1e-6)
+        new = generate(cepe.Reading(model, context), main, 5)
+        whole = main
+        for token in new:
+            assert int(read_chunks(model, whole, chunks)[-1].argmax()) == token
+            whole = torch.cat((whole, torch.tensor([token])))
+
+
+def test_cepe_checkpoints_in_the_released_layout(tmp_path):
+    model = small_cepe(last_n=2).float()
+    cepe.save_cepe(model, tmp_path / "a")
+    names = train.read_tensor_file(tmp_path / "a" / "model.safetensors").keys()
+    assert {"encoder.embed_tokens.weight", "encoder.norm.weight", "encoder.layers.1.mlp.down_proj.weight", "encoder.layers.0.input_layernorm.weight",
+            "model.layers.2.cross_attn.layernorm.weight", "model.layers.1.cross_attn.k_proj.weight", "model.norm.weight"} <= set(names)
+    assert not any("layers.0.cross_attn" in name for name in names)
+    again = cepe.load_cepe(tmp_path / "a")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True)) and again.encoder_config == model.encoder_config
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == {n for n, p in model.named_parameters() if p.requires_grad}
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["encoder_hidden_size"] == 16 and config["num_cross_attn_layers"] == 2
+    tensors = train.read_tensor_file(tmp_path / "a" / "model.safetensors")
+    short = {k: v for k, v in tensors.items()} | {"encoder.embed_tokens.weight": tensors["encoder.embed_tokens.weight"][:61].clone(), "model.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(short, tmp_path / "a" / "model.safetensors")  # the file says how many rows the encoder has
+    assert cepe.load_cepe(tmp_path / "a").encoder.embed_tokens.weight.shape == (61, 16)
+    for change, words in ((lambda t: t.pop("encoder.norm.weight"), "missing, such as encoder.norm"), (lambda t: t.update(x=torch.ones(1)), "unexpected tensor x"),
+                          (lambda t: t.update({"encoder.norm.weight": torch.ones(3)}), "shape")):
+        broken = dict(tensors)
+        change(broken)
+        save_file(broken, tmp_path / "a" / "model.safetensors")
+        with pytest.raises(ValueError, match=words):
+            cepe.load_cepe(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "pytorch_model.bin").write_bytes(b"never read")
+    with pytest.raises(ValueError, match="only .bin weights.*torch.load"):
+        cepe.load_cepe(tmp_path / "b")
+
+
+def test_distillation_losses():
+    """KL by definition, zero for equal models; the coarse one is below it and finite where probabilities vanish."""
+    rng = torch.Generator().manual_seed(3)
+    head, s, t = torch.randn(50, 8, generator=rng), torch.randn(7, 8, generator=rng).requires_grad_(), torch.randn(7, 8, generator=rng)
+    p, q = (t @ head.T).softmax(-1), (s @ head.T).softmax(-1)
+    want = (p * (p.log() - q.log())).sum(-1).mean()
+    close(cepe.kl_loss(s, t, head, rows=3), want, 1e-5)
+    grads = [torch.autograd.grad(x, s, retain_graph=True)[0] for x in (cepe.kl_loss(s, t, head, rows=3), want)]
+    close(*grads, 1e-5)
+    for k in (1, 5, 49):
+        coarse = cepe.kl_loss(s, t, head, k)
+        assert 0 < coarse <= want + 1e-5
+        top = p.topk(k, -1).indices
+        groups = torch.stack([torch.cat((row[i], row.sum()[None] - row[i].sum())) for x in (p, q) for row, i in zip(x, top)]).unflatten(0, (2, 7))
+        groups = (groups + 1e-6) / (1 + 1e-6 * (k + 1))
+        close(coarse, (groups[0] * (groups[0] / groups[1]).log()).sum(-1).mean(), 1e-3)
+    assert cepe.kl_loss(t, t, head, 5).abs() < 1e-6 and cepe.kl_loss(t, t, head).abs() < 1e-6
+    far = (t * -60).detach().requires_grad_()
+    loss = cepe.kl_loss(far, t * 60, head, 5)
+    assert loss.isfinite() and torch.autograd.grad(loss, far)[0].isfinite().all()
+
+
+def test_cepe_phases_and_documents():
+    """Masked tokens, the same tokens on both sides, then what came before; parts of chunks left out; the teacher reads both."""
+    model, data = small_cepe(vocab_size=128).float(), cepe.Entities(n_main=8, n_seq=3)
+    method = cepe.Expand(model, cepe.Config(context=32, chunk_size=8, mlm=0.3, duplicate=0.2), 0)
+    assert method.phases(10) == ((0, 3), (3, 5), (5, 10)) and [method.lr_scale(s, 10, 0, 0) for s in (0, 3, 5)] == [1, 1, 1]
+    draw = lambda step: method.batch(data, np.random.default_rng(1), step, 10)
+    mlm, same, main = draw(0), draw(3), draw(5)
+    assert len(mlm.tokens) == 0 and len(mlm.context) == 120 and 0.1 < (mlm.targets != -100).float().mean() < 0.5
+    assert torch.equal(same.context, same.tokens) and same.cu_chunks.tolist() == list(range(0, 25, 2)) and same.cu_context.tolist() == [0, 8, 16, 24]
+    before, after = data.documents(np.random.default_rng(1), 32)[0]
+    assert main.context[:32].tolist() == before.tolist() and main.tokens[:8].tolist() == after.tolist() and main.targets[7] == -100
+    assert main.cu_chunks.tolist() == list(range(0, 97, 8)) and main.cu_context.tolist() == [0, 32, 64, 96]
+    shorter = cepe.Expand(model, cepe.Config(context=32, chunk_size=8, mlm=0.0, duplicate=0.0, mask_chunks=0.5), 0)
+    sizes = torch.cat([shorter.batch(data, np.random.default_rng(s), 0, 1).cu_chunks.diff() for s in range(30)])
+    assert sizes.min() == 1 and sizes.max() == 8 and 0.4 < (sizes == 8).float().mean() < 0.7
+    distil = cepe.Expand(model, cepe.Config(context=32, chunk_size=8, mlm=0.0, duplicate=0.0), 0, distil=True)
+    teacher = distil.teacher(model, main)
+    close(teacher[8:16], model_file.Llama.hidden(model, torch.cat((main.context[32:64], main.tokens[8:16])))[32:], 1e-5)
+    loss, shown = distil.loss(model, main, 0, 1, None)
+    assert loss.item() == pytest.approx(shown["ce"] + 2 * shown["kl"], rel=1e-5)
+    documents = data.documents(np.random.default_rng(2), 32, 40)
+    best = data.best(documents, (0, 1, 4), 8)
+    assert best[0] > best[1] > best[2] > 24
+    rows = cepe.perplexities(model, documents[:3], (0, 2), 8)
+    want = sum(model.loss(*(torch.as_tensor(m[a:b]) for a, b in ((0, -1), (1, None)))).item() for _, m in documents[:3]) / 3
+    assert rows["CEPE"][0] == rows["prepended to the decoder"][0] == pytest.approx(math.exp(want), rel=1e-5)
+
+
+def test_cepe_trains_end_to_end(tmp_path, monkeypatch, capsys):
+    """On the entity stream right chunks help and wrong ones do not; on text, both methods, saved and loaded again."""
+    monkeypatch.chdir(tmp_path)
+    train.main(["--method", "cepe", "--steps", "120", "--decoder_steps", "60", "--eval_seqs", "4", "--out_dir", "a"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert rows["CEPE"][-1] < rows["CEPE"][0] - 1 and rows["other documents' chunks"][-1] > rows["CEPE"][0]
+    save_model(Llama(dataclasses.replace(eval_tasks.TINY, vocab_size=258)).init_weights(0), "m")
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 300}) + "\n" for i in range(40)))
+    args = ["--data", "text.jsonl", "--seq_len", "96", "--enc_width", "32", "--enc_layers", "1", "--chunk_size", "16", "--steps", "10", "--eval_seqs", "2"]
+    train.main(["--method", "cepe", "--model", "m", *args, "--out_dir", "b"])
+    first = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert first["chunks"] == [0, 1, 3] and all(math.isfinite(x) for row in first["rows"].values() for x in row)
+    train.main(["--method", "ceped", "--model", "b", *args, "--top_k", "5", "--mlm", "0", "--out_dir", "c"])  # goes on from a CEPE folder
+    model, decoder = cepe.load_cepe("c"), load_model("m")
+    assert all(torch.equal(p, dict(model.named_parameters())[name]) for name, p in decoder.named_parameters())
+    for bad, words in ((["--context", "95"], "fewer than 2"), (["--enc_width", "30"], "multiple"), (["--enc_width", "128"], "above"), (["--data", "entities"], "entities")):
+        with pytest.raises(ValueError, match=words):
+            train.main(["--method", "cepe", "--model", "m", *args, *bad, "--out_dir", "d"])
 
 
 # --- MeCo -----------------------------------------------------------------------------------------------------------------

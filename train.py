@@ -5,6 +5,7 @@
     python train.py --method lm --model DIR --data code=0.6:DIR,web=0.4:FILE.jsonl
     python train.py --method sft --model DIR --data CHATS.jsonl  # loss on the assistant's words
     python train.py --method vlorp --model DIR --data SRC --rank 1 --granularity 64
+    python train.py --method cepe --model DIR --data SRC --context 2048 --seq_len 4096      # or ceped; without both, the entity stream
     python train.py --method meco --model DIR --data FILE.jsonl  # lines {"text", "url"}; without --model and --data, site tables
 
 A method is a class with param_groups, lr_scale, batch and loss, those that learn heads also with scores and mask (see LM here
@@ -15,6 +16,7 @@ Source of the recipe (packing, label rule, blockwise loss, token averaging): Pro
 """
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -31,6 +33,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import cepe
 import meco
 import prulong
 import vlorp
@@ -41,11 +44,11 @@ from model import (DTYPES, Batch, Llama, byte_tokenizer, causal, check_device, f
 
 @dataclass
 class Config:
-    method: str = flag("lm", "what to train", choices=("lm", "sft", "vlorp", "meco", "prulong", "duo"))
+    method: str = flag("lm", "what to train", choices=("lm", "sft", "vlorp", "meco", "cepe", "ceped", "prulong", "duo"))
     model: str | None = flag(None, "folder of a Llama; by default a tiny one (vocabulary of the data)")
     data: str | None = flag(None, "facts (embedded stream), stdlib (Python's own sources), a folder, text or jsonl file, or a "
                                   "mixture name=weight:PATH,... (default: facts, with --model stdlib); for conversations a .jsonl "
-                                  "or .json file, or problems (made-up word problems); for meco a .jsonl file, or sites (site tables)")
+                                  "or .json file, or problems (made-up word problems); for meco a .jsonl file, or sites (site tables); cepe: also entities (entity stream)")
     out_dir: str | None = flag(None, "where results go (default: out/METHOD)")
     steps: int | None = flag(None, "optimizer steps (default: 100)", low=1)
     stages: str | None = flag(None, "lm: instead of --steps and --seq_len LENGTH:STEPS[:ROPE_BASE[:LR]],...: the context grows, a micro-batch keeps its "
@@ -115,7 +118,8 @@ def parse_stages(spec) -> list:
     return stages
 
 
-METHODS = {"lm": (LM, None), "sft": (LM, None), "vlorp": (LM, vlorp.Config), "meco": (meco.MeCo, meco.Config), "prulong": (prulong.PruLong, prulong.Config), "duo": (prulong.Duo, prulong.DuoConfig)}
+METHODS = {"lm": (LM, None), "sft": (LM, None), "vlorp": (LM, vlorp.Config), "meco": (meco.MeCo, meco.Config), "cepe": (cepe.Expand, cepe.Config),
+           "ceped": (functools.partial(cepe.Expand, distil=True), cepe.Config), "prulong": (prulong.PruLong, prulong.Config), "duo": (prulong.Duo, prulong.DuoConfig)}
 
 
 # --- data: batch(rng) -> Batch, passkeys(rng, needles, words) -> Batch, held_out() -> batches ---------------------------
@@ -177,6 +181,11 @@ class TextData:
 
     def batch(self, rng):
         return collate([doc for _ in range(self.n_seq) for doc in self.draw(rng)])
+
+    def documents(self, rng, context):
+        """n_seq pairs of (first `context` tokens, the rest) of a pack, whatever documents they are of."""
+        packs = [np.concatenate(self.draw(rng)) for _ in range(self.n_seq)]
+        return [(pack[:context], pack[context:]) for pack in packs]
 
     def passkeys(self, rng, needles, words):
         """One passkey sample per sequence, of 50 lengths between a third of seq_len (or what the passkeys need) and seq_len;
@@ -546,7 +555,7 @@ def fit(method, model, stages, config, out_dir, about, autocast):
         shares = target_shares(batches)
         total, shown = 0.0, {}
         for batch, share, rng in zip(batches, shares, rngs):
-            batch = Batch(*(x if x is None else x.to(config.device) for x in batch))
+            batch = type(batch)(*(x if x is None else x.to(config.device) for x in batch))
             with autocast():
                 loss, metrics = method.loss(model, batch, local, stage.steps, rng)
             (loss * share).backward()
@@ -689,6 +698,24 @@ def report_lm(before, model, data, config, seconds, dtype, autocast):
             "accuracy_before": before["accuracy"], "accuracy_after": after["accuracy"], "cpu_seconds": round(seconds, 2)}
 
 
+def report_chunks(model, data, config, settings, seconds, autocast):
+    """Table and JSON of the perplexity of the last 256 tokens against the number of chunks, and its controls."""
+    size = settings.chunk_size
+    if config.data == "entities":
+        counts = [0, 1, 2, 4, 8, 16]
+        documents = data.documents(np.random.default_rng([config.seed, 2 ** 31]), 16 * size, 16 * config.eval_seqs)
+    else:
+        counts = sorted({0, *(settings.context // size // 2 ** k for k in range(6))})
+        documents = [(b.tokens[:settings.context].numpy(), b.tokens[settings.context:].numpy()) for b in data.held_out]
+    rows = {"best possible": data.best(documents, counts, size)} if config.data == "entities" else {}
+    rows |= cepe.perplexities(model, documents, counts, size, 256, autocast)
+    print(f"\nperplexity of the last {min(256, config.seq_len - settings.context - 1)} tokens\n\n| chunks of {size} | " + " | ".join(map(str, counts)) + " |\n|---|" + "---|" * len(counts))
+    for name, values in rows.items():
+        print(f"| {name} | " + " | ".join(f"{x:.2f}" for x in values) + " |")
+    print()
+    return {"score": "perplexity", "chunk_size": size, "chunks": counts, "rows": rows, "cpu_seconds": round(seconds, 2)}
+
+
 def report_conditions(before, after, first, seconds):
     """Table and JSON of losses with no, the right and the wrong metadata, on the same document tokens."""
     print(f"\n| loss per token, of the first {first} | {' | '.join(after)} |\n|---|" + "---|" * len(after))
@@ -705,7 +732,7 @@ def check_out_dir(out_dir, config, settings):
 
     Raises ValueError if it is not what the flags expect, or a folder that the run reads from."""
     heads = getattr(settings, "heads", None)
-    read = [config.model, heads and os.path.dirname(heads), *([] if config.data in ("facts", "sites", "stdlib", "problems") else
+    read = [config.model, heads and os.path.dirname(heads), *([] if config.data in ("facts", "sites", "entities", "stdlib", "problems") else
             [part.rpartition(":")[2] for part in re.split("[,;]", config.data)])]
     own = os.path.realpath(out_dir)
     for path in read:
@@ -772,6 +799,8 @@ def choose_dtype(config, llama):
 
 def build_model(config, settings, dtype):
     """The model to start from."""
+    if config.method in ("cepe", "ceped"):
+        return build_cepe(config, settings, dtype)
     frozen = config.method == "duo" or getattr(settings, "train", "") == "masks"
     if config.model:
         return load_model(config.model, config.device, DTYPES[dtype] if frozen else torch.float32)
@@ -784,11 +813,30 @@ def build_model(config, settings, dtype):
     return model.to(config.device)
 
 
+def build_cepe(config, settings, dtype):
+    """A folder that holds a CEPE, or a Llama with a fresh encoder around it."""
+    if config.model and isinstance(read_json(os.path.join(config.model, "config.json")).get("encoder_config"), dict):
+        return cepe.load_cepe(config.model, config.device)
+    if config.model:
+        llama = load_model(config.model, config.device)
+    else:
+        llama = cepe.small_decoder(cepe.Entities(), settings.decoder_steps, config.seed).to(config.device)
+    width = settings.enc_width
+    head_dim = 64 if width >= 128 else width // 2
+    if width % head_dim or head_dim % 2:
+        raise ValueError(f"--enc_width {width}: want a multiple of 64, or below 128 one of 4")
+    encoder = dataclasses.replace(llama.config, vocab_size=llama.config.vocab_size + 1, n_layer=settings.enc_layers, n_embd=width, head_dim=head_dim,
+                                  n_head=width // head_dim, n_kv_head=width // head_dim, n_ff=4 * width, tie_embeddings=True)
+    return cepe.extend(llama, encoder, settings.init, settings.last_n, config.seed)
+
+
 def build_data(config, settings, vocab_size):
     """Data in sequences of config.seq_len tokens. Raises ValueError for tokens that a model of that vocabulary does not have."""
     shape = config.seq_len, config.batch, config.eval_seqs, config.seed
     if config.data == "facts":
         return FactData(config.seq_len, config.batch)
+    if config.data == "entities":
+        return cepe.Entities(config.seq_len - settings.context, config.batch)
     if config.data == "sites":
         return meco.SiteData(n_seq=config.batch, seq_len=config.seq_len, n_held_out=config.eval_seqs, seed=config.seed)
     tokenizer = load_tokenizer(config.model) if config.model else byte_tokenizer()
@@ -817,6 +865,13 @@ def build_stages(config, settings, vocab_size) -> list:
     return built
 
 
+def cepe_defaults(config, settings):
+    """Defaults of cepe.Config that depend on the data."""
+    defaults = dict(context=64, chunk_size=16, enc_layers=2, enc_width=48, init="zero", mlm=0.0, duplicate=0.05) if config.data == "entities" else \
+        dict(context=config.seq_len // 2, chunk_size=256, enc_layers=6, enc_width=256, init="copy", mlm=0.2, duplicate=0.2)
+    return dataclasses.replace(settings, **{k: v for k, v in defaults.items() if getattr(settings, k) is None})
+
+
 def fill_defaults(config, settings):
     """Defaults that depend on other flags."""
     if config.stages is not None:
@@ -824,16 +879,18 @@ def fill_defaults(config, settings):
             raise ValueError("--stages is for --method lm, and takes the place of --steps and --seq_len")
         stages = parse_stages(config.stages)
         config = dataclasses.replace(config, steps=sum(s.steps for s in stages), seq_len=stages[0].length)
-    data = config.data or ("sites" if config.method == "meco" and not config.model else "stdlib" if config.model else "facts")
-    facts, sites = data == "facts", data == "sites"
+    expands = config.method in ("cepe", "ceped")
+    data = config.data or ("stdlib" if config.model else "sites" if config.method == "meco" else "entities" if expands else "facts")
+    facts, sites, entities = data == "facts", data == "sites", data == "entities"
     masks_only = config.method == "duo" or getattr(settings, "train", "") == "masks"
     unused = ("lr", "weight_decay", *(("warmup", "min_lr") if config.method == "duo" else ())) if masks_only else ()
     for name in unused:
         if getattr(config, name) is not None:
             raise ValueError(f"--{name} means nothing where only masks learn (see --mask_lr)")
-    defaults = dict(steps=100, data=data, out_dir=os.path.join("out", config.method), seq_len=128 if facts else 64 if sites else 1024,
-                    batch=8 if facts else 16 if sites else 1, lr=1e-5 if config.model else 3e-3 if config.method == "meco" else 4e-3,
-                    baseline=facts, weight_decay=0.033 if config.method == "meco" else 0.1, warmup=0.05 if config.method == "meco" else 0.1,
+    defaults = dict(steps=100, data=data, out_dir=os.path.join("out", config.method), seq_len=128 if facts else 64 if sites else 80 if entities else 1024,
+                    batch=8 if facts else 16 if sites else 32 if entities else 1,
+                    lr=(3e-4 if expands else 1e-5) if config.model else 3e-3 if config.method == "meco" else 6e-3 if expands else 4e-3,
+                    baseline=facts, weight_decay=0.033 if config.method == "meco" else 0.0 if expands else 0.1, warmup=0.04 if expands else 0.05 if config.method == "meco" else 0.1,
                     min_lr=0.01 if masks_only else 0.1)
     config = dataclasses.replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
     if config.checkpointing is None:
@@ -843,6 +900,10 @@ def fill_defaults(config, settings):
         raise ValueError("conversations want --model DIR and --data FILE.jsonl, FILE.json or problems")
     if config.method == "meco" and not (sites and not config.model or config.data.endswith(".jsonl")) or sites and config.method != "meco":
         raise ValueError("--method meco wants --data FILE.jsonl, or no --model and --data sites, which no other method takes")
+    if expands != entities and (entities or not config.model):
+        raise ValueError("--method cepe and ceped want --model DIR, or neither --model nor --data; no other method takes --data entities")
+    if entities and config.model:
+        raise ValueError("--data entities is for the embedded model")
     if config.method in ("prulong", "duo") and not facts and not config.model:
         raise ValueError(f"--method {config.method} on text needs a trained model: --model DIR")
     return config
@@ -856,7 +917,11 @@ def main(argv=None):
                    " More flags come with --method prulong, duo and vlorp.")
     settings = parsed[1] if method_config else None
     config = fill_defaults(parsed[0], settings)
+    if config.method in ("cepe", "ceped"):
+        settings = cepe_defaults(config, settings)
     check_device(config.device)
+    if config.method in ("cepe", "ceped") and settings.context + 2 > config.seq_len:
+        raise ValueError(f"--context {settings.context} leaves the decoder fewer than 2 of --seq_len {config.seq_len} tokens")
     if config.method in ("prulong", "duo") and settings.window + settings.sink >= config.seq_len:
         raise ValueError(f"--sink {settings.sink} and --window {settings.window} show a streaming head all of --seq_len {config.seq_len}")
     llama = load_config(config.model) if config.model else TINY
@@ -881,18 +946,23 @@ def main(argv=None):
         log.write("config", **about, reason=reason, torch=torch.__version__, threads=torch.get_num_threads())
 
     learns_heads = config.method in ("prulong", "duo")
-    if config.method == "meco":
+    reads = config.method in ("cepe", "ceped")
+    if reads:
+        before = None  # the frozen decoder: 0 chunks in the table
+    elif config.method == "meco":
         before = meco.conditioned_losses(model, data.exams, settings.first_tokens, autocast)
     elif not learns_heads:
         before = score_weights(model, data, config, dtype, autocast)
     results = {config.method: (method, fit(method, model, stages, config, config.out_dir, about, autocast))}
     trained_weights = any(p.requires_grad for p in model.parameters())
     if trained_weights:
-        save_model(model, config.out_dir)
+        (cepe.save_cepe if reads else save_model)(model, config.out_dir)
         for name in TOKENIZER_FILES:
             if config.model and os.path.exists(os.path.join(config.model, name)):
                 shutil.copy(os.path.join(config.model, name), config.out_dir)
-    if config.method == "meco":
+    if reads:
+        outcome = report_chunks(model, data, config, settings, results[config.method][1], autocast)
+    elif config.method == "meco":
         after = meco.conditioned_losses(model, data.exams, settings.first_tokens, autocast)
         outcome = report_conditions(before, after, settings.first_tokens, results[config.method][1])
     elif not learns_heads:
