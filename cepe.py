@@ -307,7 +307,7 @@ class MaskedLM(nn.Module):
         self.dense, self.norm, self.bias = nn.Linear(width, width), RMSNorm(width, eps), nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, states, embeddings):
-        return F.linear(self.norm(F.silu(self.dense(states))), embeddings, self.bias)
+        return F.linear(self.norm(F.silu(self.dense(states)).to(self.bias.dtype)), embeddings, self.bias)
 
 
 # --- the method: what train.py asks of it ---------------------------------------------------------------------------------
