@@ -333,6 +333,13 @@ def offset(start, stride):
 
 
 @jit
+def span(Cu, seq):
+    """First row and number of rows of a sequence."""
+    first = tl.load(Cu + seq)
+    return first, tl.load(Cu + seq + 1) - first
+
+
+@jit
 def load_rows(base, stride, start, n, D: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
     """Rows start .. start + BLOCK of a matrix (n, D), (BLOCK, D). MASKED: rows from n on are 0 and are not read."""
     rows = tl.arange(0, BLOCK)
@@ -383,8 +390,8 @@ def forward_kernel(Q, K, V, Out, Lse, CuQ, CuK, Window, sink, scale, q_row, q_he
 
     *_row, *_head are strides in elements; Window (H_kv,), 2^30 for a full head. The longest rows start first."""
     tile, head, seq = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    q0, k0 = tl.load(CuQ + seq), tl.load(CuK + seq)
-    nq, nk = tl.load(CuQ + seq + 1) - q0, tl.load(CuK + seq + 1) - k0
+    q0, nq = span(CuQ, seq)
+    k0, nk = span(CuK, seq)
     m0 = tile * BM
     if m0 >= nq:
         return
@@ -457,8 +464,8 @@ def dq_kernel(Q, K, V, Out, Lse, Grad, Delta, DQ, CuQ, CuK, Window, sink, scale,
     """One program: dQ of BM rows of one head, over the same blocks as forward. Also writes their Delta (H, n_rows), for
     which O and dO are here anyway; dkv_kernel reads it. Out, Grad, DQ (Nq, H, D) contiguous."""
     tile, head, seq = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    q0, k0 = tl.load(CuQ + seq), tl.load(CuK + seq)
-    nq, nk = tl.load(CuQ + seq + 1) - q0, tl.load(CuK + seq + 1) - k0
+    q0, nq = span(CuQ, seq)
+    k0, nk = span(CuK, seq)
     m0 = tile * BM
     if m0 >= nq:
         return
@@ -516,8 +523,8 @@ def dkv_kernel(Q, K, V, Lse, Grad, Delta, DK, DV, CuQ, CuK, Window, sink, scale,
 
     Query heads and row blocks are one flat loop: nested loops spill. DK, DV (Nk, H_kv, D) contiguous."""
     tile, kv_head, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    q0, k0 = tl.load(CuQ + seq), tl.load(CuK + seq)
-    nq, nk = tl.load(CuQ + seq + 1) - q0, tl.load(CuK + seq + 1) - k0
+    q0, nq = span(CuQ, seq)
+    k0, nk = span(CuK, seq)
     n0 = tile * BN
     if n0 >= nk:
         return
@@ -707,8 +714,8 @@ def decode_kernel(Q, K, V, Part, PartLse, CuK, chunk, scale, q_row, q_head, k_ro
 
     Part (splits, B, H, D) and PartLse (splits, B, H), base 2, float32; an empty chunk gives 0 and -inf."""
     split, kv_head, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    k0 = tl.load(CuK + seq)
-    end = min((split + 1) * chunk, tl.load(CuK + seq + 1) - k0)
+    k0, nk = span(CuK, seq)
+    end = min((split + 1) * chunk, nk)
     K += offset(k0, k_row) + kv_head * k_head
     V += offset(k0, v_row) + kv_head * v_head
     q = load_rows(Q + offset(seq, q_row) + kv_head * n_rep * q_head, q_head, 0, n_rep, D, BM, True)
