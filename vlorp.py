@@ -13,11 +13,13 @@ ProjFactor keeps Adam's first moment as a projection and its second moment as ro
 Paper: "Memory-Efficient LLM Training by Various-Grained Low-Rank Projection of Gradients", arXiv:2505.01744; the update as its
 released code has it. Each gradient is projected as soon as the backward pass has it, and freed: one full gradient exists at a time.
 
+    python vlorp.py --model DIR    # memory of training steps with AdamW and with projections
     python vlorp.py                # AdamW and projections of three granularities on a small language model (half a minute)
 """
 import functools
 import hashlib
 import math
+import multiprocessing
 import os
 import sysconfig
 import time
@@ -27,7 +29,7 @@ from fractions import Fraction
 import torch
 from torch import distributed
 
-from model import Llama, LlamaConfig, flag, parse, run
+from model import Llama, LlamaConfig, flag, load_model, parse, peak_memory, run
 
 SCHEMES = ("projfactor", "subspace", "original")
 BASES = ("normal", "rademacher", "svd")
@@ -337,6 +339,36 @@ class Demo:
     steps: int = flag(60, "of each fine-tuning run", low=1)
     lr: float = flag(1e-2, "of the projected runs; AdamW takes a third", low=0)
     seed: int = flag(0, "of weights, data and projections", low=0)
+    model: str | None = flag(None, "folder of a Llama: show the memory of two training steps with each optimizer instead")
+    tokens: int = flag(512, "with --model: tokens of each step", low=2)
+
+
+def measure_memory(folder, settings, n_tokens):
+    """Two steps of a Llama in float32 with AdamW (settings None) or ProjFactor, in a process of its own: bytes of optimizer state, of
+    gradients when a step begins, and peak resident bytes."""
+    model = load_model(folder)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5) if settings is None else ProjFactor(param_groups(model), 1e-5, **settings)
+    tokens = torch.arange(n_tokens + 1) % model.config.vocab_size
+    for _ in range(2):
+        model.loss(tokens[:-1], tokens[1:]).backward()
+        gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        gradients += sum(state["sum"].nbytes for state in optimizer.state.values() if "sum" in state)
+        optimizer.step()
+        optimizer.zero_grad()
+    state = sum(x.nbytes for values in optimizer.state.values() for x in values.values() if torch.is_tensor(x))
+    return state, gradients, peak_memory()
+
+
+def memory_table(folder, n_tokens):
+    print(f"two steps of {n_tokens} tokens, float32, each in a process of its own; embeddings and norms are AdamW's in every row\n")
+    print("| optimizer | granularity c | rank r | optimizer state, MB | gradients, MB | peak resident, MB |\n|---|---|---|---|---|---|")
+    rows = {"AdamW": None, "ProjFactor": dict(rank=1, granularity=64), "ProjFactor, rows": dict(rank=64, granularity=1),
+            "ProjFactor, four rows": dict(rank=256, granularity=0.25), "GaLore-like (SVD)": dict(rank=64, granularity=1, scheme="subspace", basis="svd")}
+    for name, settings in rows.items():
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            sizes = pool.apply(measure_memory, (folder, settings, n_tokens))
+        c, r = (settings["granularity"], settings["rank"]) if settings else ("-", "-")
+        print(f"| {name} | {c} | {r} | " + " | ".join(f"{size / 1e6:.0f}" for size in sizes) + " |", flush=True)
 
 
 def source_bytes(folders):
@@ -368,6 +400,8 @@ def run_steps(model, optimizer, data, steps, rng, n_seq=8, length=64):
 
 def main():
     config, = parse([Demo], description="Fine-tune a small byte model with AdamW and with projected gradients of equal budget M = 8.")
+    if config.model:
+        return memory_table(config.model, config.tokens)
     llama = LlamaConfig(vocab_size=256, n_layer=2, n_head=4, n_kv_head=4, n_embd=64, n_ff=128, head_dim=16, tie_embeddings=True)
     base, rng = Llama(llama).init_weights(config.seed), torch.Generator().manual_seed(config.seed)
     run_steps(base, torch.optim.Adam(base.parameters(), lr=3e-3), source_bytes(["asyncio", "email", "http"]), 300, rng)
