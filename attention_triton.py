@@ -5,9 +5,10 @@ Queries are the *last* positions of their sequence (bottom-right alignment), so 
 as keys), chunked prefill (fewer queries than keys) and decoding (one query).
 
 Every computation is here twice, side by side. On CUDA tensors Triton kernels run: a program owns a tile of rows, visits only
-blocks with something to see, and masks only those at an edge. Elsewhere PyTorch runs, and never a mask: the visible region
-is cut into rectangles and triangles, each of which a fused kernel computes without looking at a hidden score; the parts of
-a row are merged by their log-sum-exp. Either way a streaming head costs O(N * (sink + window)), forward and backward.
+blocks with something to see, and masks only those at an edge. Elsewhere PyTorch runs: the visible region is cut into
+rectangles and triangles, each of which, on the CPU, a fused kernel computes without looking at a hidden score (other devices take the
+plain formula and hold a piece's scores); the parts of a row are merged by their log-sum-exp. Either way a streaming head costs
+O(N * (sink + window)), forward and backward.
 
     python attention_triton.py            # on a GPU: correctness and speed; without one: PyTorch's cost of streaming
                                           # heads on this machine, and what the compiler makes of the kernels
@@ -43,7 +44,7 @@ flash_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_
 
 def jit(function):
     """triton.jit. These arguments vary from call to call: no build of its own for each that is 1 or a multiple of 16."""
-    return triton.jit(function, do_not_specialize=("n_rows", "n_rep", "sink", "chunk", "n")) if triton else function
+    return triton.jit(function, do_not_specialize=("n_rows", "n_rep", "sink", "chunk", "n", "n_splits", "pos_head")) if triton else function
 
 
 def attention(q, k, v, cu_q, cu_k, *, causal=True, window=None, sink=0, scale=None, return_lse=False, impl="auto"):
@@ -312,8 +313,9 @@ def dense(q, k, v, triangle, scale):
 
 def plain(q, k, v, triangle, scale):
     """`dense` by its formula: for devices without the fused kernel."""
-    p, lse = probabilities(q, k, triangle, scale)
-    return (p @ v.to(p.dtype).unsqueeze(2)).flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
+    with torch.autocast(q.device.type, enabled=False):  # float32 at least, whatever is around
+        p, lse = probabilities(q, k, triangle, scale)
+        return (p @ v.to(p.dtype).unsqueeze(2)).flatten(1, 2).to(q.dtype), lse.flatten(1, 2)
 
 
 def probabilities(q, k, triangle, scale, lse=None):
@@ -328,7 +330,7 @@ def probabilities(q, k, triangle, scale, lse=None):
 
 @jit
 def offset(start, stride):
-    """Elements before row `start`, in 64 bits; offsets inside a tile fit 32."""
+    """Elements before row, or head, `start`, in 64 bits; offsets inside a tile fit 32."""
     return tl.cast(start, tl.int64) * stride
 
 
@@ -396,9 +398,9 @@ def forward_kernel(Q, K, V, Out, Lse, CuQ, CuK, Window, sink, scale, q_row, q_he
     if m0 >= nq:
         return
     window = tl.load(Window + head // n_rep) if STREAM else 0
-    K += offset(k0, k_row) + head // n_rep * k_head
-    V += offset(k0, v_row) + head // n_rep * v_head
-    q = load_rows(Q + offset(q0, q_row) + head * q_head, q_row, m0, nq, D, BM, True)
+    K += offset(k0, k_row) + offset(head // n_rep, k_head)
+    V += offset(k0, v_row) + offset(head // n_rep, v_head)
+    q = load_rows(Q + offset(q0, q_row) + offset(head, q_head), q_row, m0, nq, D, BM, True)
     i = m0 + tl.arange(0, BM)
     m = tl.full([BM], -1e30, tl.float32)  # not -inf: rows that see nothing of a block then need no guard against inf - inf
     l = tl.zeros([BM], tl.float32)
@@ -470,12 +472,12 @@ def dq_kernel(Q, K, V, Out, Lse, Grad, Delta, DQ, CuQ, CuK, Window, sink, scale,
     if m0 >= nq:
         return
     window = tl.load(Window + head // n_rep) if STREAM else 0
-    K += offset(k0, k_row) + head // n_rep * k_head
-    V += offset(k0, v_row) + head // n_rep * v_head
+    K += offset(k0, k_row) + offset(head // n_rep, k_head)
+    V += offset(k0, v_row) + offset(head // n_rep, v_head)
     out_row = tl.num_programs(1) * D
     at, stats = offset(q0, out_row) + head * D, offset(head, n_rows) + q0
     i = m0 + tl.arange(0, BM)
-    q = load_rows(Q + offset(q0, q_row) + head * q_head, q_row, m0, nq, D, BM, True)
+    q = load_rows(Q + offset(q0, q_row) + offset(head, q_head), q_row, m0, nq, D, BM, True)
     grad = load_rows(Grad + at, out_row, m0, nq, D, BM, True)
     out = load_rows(Out + at, out_row, m0, nq, D, BM, True)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
@@ -530,11 +532,11 @@ def dkv_kernel(Q, K, V, Lse, Grad, Delta, DK, DV, CuQ, CuK, Window, sink, scale,
         return
     window = tl.load(Window + kv_head) if STREAM else 0
     out_row, dk_row = tl.num_programs(1) * n_rep * D, tl.num_programs(1) * D
-    Q += offset(q0, q_row) + kv_head * n_rep * q_head
+    Q += offset(q0, q_row) + offset(kv_head * n_rep, q_head)
     Grad += offset(q0, out_row) + kv_head * n_rep * D
     stats = offset(kv_head * n_rep, n_rows) + q0
-    k = load_rows(K + offset(k0, k_row) + kv_head * k_head, k_row, n0, nk, D, BN, True)
-    v = load_rows(V + offset(k0, v_row) + kv_head * v_head, v_row, n0, nk, D, BN, True)
+    k = load_rows(K + offset(k0, k_row) + offset(kv_head, k_head), k_row, n0, nk, D, BN, True)
+    v = load_rows(V + offset(k0, v_row) + offset(kv_head, v_head), v_row, n0, nk, D, BN, True)
     j = n0 + tl.arange(0, BN)
     dk = tl.zeros([BN, D], tl.float32)
     dv = tl.zeros([BN, D], tl.float32)
@@ -543,13 +545,13 @@ def dkv_kernel(Q, K, V, Lse, Grad, Delta, DK, DV, CuQ, CuK, Window, sink, scale,
     for t in range(n_free * n_rep):
         g = t // n_free
         start, own = free0 + (t - g * n_free) * BM, stats + offset(g, n_rows)
-        dk, dv = dkv_block(dk, dv, k, v, Q + g * q_head, Grad + g * D, Lse + own, Delta + own, q_row, out_row, start, j, nq, nk,
+        dk, dv = dkv_block(dk, dv, k, v, Q + offset(g, q_head), Grad + g * D, Lse + own, Delta + own, q_row, out_row, start, j, nq, nk,
                            window, sink, log2_of(scale), D, BM, CAUSAL, STREAM, PRECISION, False)
     n_masked = n_left + n_right
     for t in range(n_masked * n_rep):
         g = t // n_masked
         start, own = masked_start(t - g * n_masked, 0, n_left, lo, free1, BM), stats + offset(g, n_rows)
-        dk, dv = dkv_block(dk, dv, k, v, Q + g * q_head, Grad + g * D, Lse + own, Delta + own, q_row, out_row, start, j, nq, nk,
+        dk, dv = dkv_block(dk, dv, k, v, Q + offset(g, q_head), Grad + g * D, Lse + own, Delta + own, q_row, out_row, start, j, nq, nk,
                            window, sink, log2_of(scale), D, BM, CAUSAL, STREAM, PRECISION, True)
     at = offset(k0, dk_row) + kv_head * D
     store_rows(DK + at, dk_row, n0, nk, dk * scale, D, BN)
@@ -560,8 +562,8 @@ def dkv_kernel(Q, K, V, Lse, Grad, Delta, DK, DV, CuQ, CuK, Window, sink, scale,
 
 def take(x, start, n, p):
     """The rows of a piece: x (B, N, ...) -> a view (B, repeat, n, ...), also for writing."""
-    span = x.narrow(1, start, (p.repeat - 1) * p.stride + n)
-    return span.unfold(1, n, p.stride if p.repeat > 1 else 1).movedim(-1, 2)
+    rows = x.narrow(1, start, (p.repeat - 1) * p.stride + n)
+    return rows.unfold(1, n, p.stride if p.repeat > 1 else 1).movedim(-1, 2)
 
 
 def operand(x, start, n, p):
@@ -652,9 +654,11 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def launch(ctx, kernel, tensors, q, k, v):
         """One program per tile of rows (of keys: dkv_kernel), head and sequence."""
-        build, options = tile(kernel, q)
+        build, options = build_for(kernel, q)
         cu, heads, size = (ctx.cu_k, k.shape[1], build["BN"]) if kernel is dkv_kernel else (ctx.cu_q, q.shape[1], build["BM"])
         longest = max((b - a for a, b in zip(cu, cu[1:])), default=0)
+        if len(cu) > 2 ** 16:
+            raise ValueError(f"{len(cu) - 1} sequences are more than one launch takes: 65535")
         windows = [min(w or 2 ** 30, 2 ** 30) for w in ctx.windows]
         cu_q, cu_k, windows = (int32_on(tuple(x), q.device) for x in (ctx.cu_q, ctx.cu_k, windows))
         with torch.cuda.device_of(q):
@@ -668,7 +672,7 @@ def fused(q, k, v, cu_q, cu_k, causal, windows, sink, scale):
     dtype, head_dim = q.dtype, q.shape[-1]
     q, k, v = (as_kernels_want(x) for x in (q, k, v))
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    if cu_q == list(range(len(cu_q))) and not any(windows) and not learns:
+    if len(cu_q) > 1 and cu_q == list(range(len(cu_q))) and not any(windows) and not learns:
         out, lse = fused_decode(q, k, v, cu_k, scale)
     else:
         out, lse = Fused.apply(q, k, v, cu_q, cu_k, causal, windows, sink, scale)
@@ -678,15 +682,17 @@ def fused(q, k, v, cu_q, cu_k, causal, windows, sink, scale):
 def as_kernels_want(x):
     """x (..., D) with D padded to 16, 32, 64 or 128, side by side in memory; for the interpreter without bfloat16, which it
     computes wrongly."""
-    x = F.pad(x, (0, next(d for d in (16, 32, 64, 128) if d >= x.shape[-1]) - x.shape[-1]))
+    size = next(d for d in (16, 32, 64, 128) if d >= x.shape[-1])
+    x = F.pad(x, (0, size - x.shape[-1])) if size > x.shape[-1] else x  # padding by nothing would copy
     x = x.float() if x.dtype == torch.bfloat16 and interpreted() else x
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @functools.lru_cache(maxsize=64)
 def int32_on(values, device):
-    """Bounds and windows on the GPU: all layers of a step ask for the same ones, and each copy would wait for the GPU."""
-    return torch.tensor(values, dtype=torch.int32, device=device)
+    """Bounds and windows on the GPU: all layers of a step ask for the same ones. From pinned memory, so that no copy waits."""
+    values = torch.tensor(values, dtype=torch.int32)
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def strides(*tensors):
@@ -716,9 +722,9 @@ def decode_kernel(Q, K, V, Part, PartLse, CuK, chunk, scale, q_row, q_head, k_ro
     split, kv_head, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     k0, nk = span(CuK, seq)
     end = min((split + 1) * chunk, nk)
-    K += offset(k0, k_row) + kv_head * k_head
-    V += offset(k0, v_row) + kv_head * v_head
-    q = load_rows(Q + offset(seq, q_row) + kv_head * n_rep * q_head, q_head, 0, n_rep, D, BM, True)
+    K += offset(k0, k_row) + offset(kv_head, k_head)
+    V += offset(k0, v_row) + offset(kv_head, v_head)
+    q = load_rows(Q + offset(seq, q_row) + offset(kv_head * n_rep, q_head), q_head, 0, n_rep, D, BM, True)
     i = tl.arange(0, BM)
     m = tl.full([BM], -1e30, tl.float32)
     l = tl.zeros([BM], tl.float32)
@@ -750,24 +756,24 @@ def combine_kernel(Part, PartLse, Out, Lse, n_splits, n_rows, D: tl.constexpr, S
 
 def fused_decode(q, k, v, cu_k, scale):
     """One query per sequence: q (B, H, D), k, v (Nk, H_kv, D) -> out like q, lse (H, B). Splits the keys so that every
-    multiprocessor has two programs, 256 keys each at least."""
+    multiprocessor has two programs, of 256 keys or more."""
     dtype, head_dim = q.dtype, q.shape[-1]
     q, k, v = (as_kernels_want(x) for x in (q, k, v))
     (n_seq, n_head, size), n_kv_head = q.shape, k.shape[1]
     longest = max((b - a for a, b in zip(cu_k, cu_k[1:])), default=0)
     n_sm = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
-    n_splits = max(1, min(2 * n_sm // (n_seq * n_kv_head), -(-longest // 256)))
+    n_splits = max(1, min(2 * n_sm // (n_seq * n_kv_head), longest // 256, 64))  # more than 64 would spill in combine_kernel
     chunk = -(-longest // n_splits)
     part, lse = q.new_empty(n_splits, n_seq, n_head, size, dtype=torch.float32), q.new_empty(n_seq, n_head, dtype=torch.float32)
     part_lse, out = part.new_empty(part.shape[:3]), torch.empty_like(q, memory_format=torch.contiguous_format)
     cu_k = int32_on(tuple(cu_k), q.device)
-    build, options = tile(decode_kernel, q)
+    build, options = build_for(decode_kernel, q)
     build["BM"] = max(16, triton.next_power_of_2(n_head // n_kv_head))
     with torch.cuda.device_of(q):
         decode_kernel[(n_splits, n_kv_head, n_seq)](q, k, v, part, part_lse, cu_k, chunk, scale, *strides(q, k, v),
                                                     n_head // n_kv_head, **build, **options)
         combine_kernel[(n_seq * n_head,)](part, part_lse, out, lse, n_splits, n_seq * n_head, D=size,
-                                          SPLITS=triton.next_power_of_2(n_splits))
+                                          SPLITS=triton.next_power_of_2(n_splits), num_warps=4)
     return out[..., :head_dim].to(dtype), lse.T
 
 
@@ -798,14 +804,14 @@ def row_lse_kernel(Q, K, QPos, Pos, PartLse, chunk, n, scale, q_row, q_head, k_r
     """One program: log-sum-exp of BM rows' scores over `chunk` entries, into PartLse (splits, H, n_rows), natural."""
     split, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i = tile * BM + tl.arange(0, BM)
-    q = load_rows(Q + head * q_head, q_row, tile * BM, n_rows, D, BM, True)
+    q = load_rows(Q + offset(head, q_head), q_row, tile * BM, n_rows, D, BM, True)
     q_pos = tl.load(QPos + i, mask=i < n_rows, other=-1)
     m = tl.full([BM], -1e30, tl.float32)
     l = tl.zeros([BM], tl.float32)
     for start in range(split * chunk, min((split + 1) * chunk, n), BN):
         j = start + tl.arange(0, BN)
-        k = load_rows(K + head // n_rep * k_head, k_row, start, n, D, BN, True)
-        pos = tl.load(Pos + head // n_rep * pos_head + j, mask=j < n, other=2 ** 31 - 1)
+        k = load_rows(K + offset(head // n_rep, k_head), k_row, start, n, D, BN, True)
+        pos = tl.load(Pos + offset(head // n_rep, pos_head) + j, mask=j < n, other=2 ** 31 - 1)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         s = tl.where(pos[None, :] <= q_pos[:, None], s, -float("inf"))
         m_new = tl.maximum(m, tl.max(s, 1) * log2_of(scale))
@@ -821,12 +827,12 @@ def column_kernel(Q, K, QPos, Pos, Lse, Sums, n, scale, q_row, q_head, k_row, k_
     """One program: what all rows of one query head pay to its own BN entries; Sums (H, n). No atomics."""
     tile, head = tl.program_id(0), tl.program_id(1)
     j = tile * BN + tl.arange(0, BN)
-    k = load_rows(K + head // n_rep * k_head, k_row, tile * BN, n, D, BN, True)
-    pos = tl.load(Pos + head // n_rep * pos_head + j, mask=j < n, other=2 ** 31 - 1)
+    k = load_rows(K + offset(head // n_rep, k_head), k_row, tile * BN, n, D, BN, True)
+    pos = tl.load(Pos + offset(head // n_rep, pos_head) + j, mask=j < n, other=2 ** 31 - 1)
     total = tl.zeros([BN], tl.float32)
     for start in range(0, n_rows, BM):
         i = start + tl.arange(0, BM)
-        q = load_rows(Q + head * q_head, q_row, start, n_rows, D, BM, True)
+        q = load_rows(Q + offset(head, q_head), q_row, start, n_rows, D, BM, True)
         q_pos = tl.load(QPos + i, mask=i < n_rows, other=-1)
         lse = log2_of(tl.load(Lse + offset(head, n_rows) + i, mask=i < n_rows, other=0.0))
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2_of(scale) - lse[:, None])
@@ -838,15 +844,16 @@ def fused_column_sums(q, q_pos, k, pos):
     """`column_sums` by two kernels: the rows' norms, split over the entries; then each block of entries sums its columns."""
     scale, (n_rows, n_kv_head, n_rep), n = q.shape[-1] ** -0.5, q.shape[:3], k.shape[1]
     q, k = as_kernels_want(q.flatten(1, 2)), as_kernels_want(k.transpose(0, 1))  # (R, H, D), (n, H_kv, D)
-    q_pos, pos = q_pos.to(q.device, torch.int32), pos.to(torch.int32)
+    q_pos, pos = (x.to(q.device, torch.int32) for x in (q_pos, pos))
+    pos = pos if pos.stride(-1) == 1 else pos.contiguous()
     n_head, n_splits = n_kv_head * n_rep, max(1, -(-n // 4096))
     part_lse, sums = (q.new_empty(shape, dtype=torch.float32) for shape in ((n_splits, n_head, n_rows), (n_head, n)))
     shared = (scale, *strides(q, k), pos.stride(0), n_rows, n_rep)
-    build, options = tile(row_lse_kernel, q)
+    build, options = build_for(row_lse_kernel, q)
     with torch.cuda.device_of(q):
         row_lse_kernel[(n_splits, n_head, -(-n_rows // build["BM"]))](q, k, q_pos, pos, part_lse, 4096, n, *shared, **build, **options)
         lse = part_lse.logsumexp(0)
-        build, options = tile(column_kernel, q)
+        build, options = build_for(column_kernel, q)
         column_kernel[(-(-n // build["BN"]), n_head)](q, k, q_pos, pos, lse, sums, n, *shared, **build, **options)
     return sums.unflatten(0, (n_kv_head, n_rep))
 
@@ -864,22 +871,23 @@ TILES = {
     "dkv_kernel": {(90, 64): (64, 128, 8, 2), (90, 128): (32, 128, 8, 2), (80, 64): (32, 64, 4, 2), (80, 128): (64, 64, 8, 2),
                    "other": (64, 64, 4, 2), "float32": (16, 16, 8, 2), "interpreter": (16, 32, 4, 1)},
     "decode_kernel": {"other": (16, 64, 4, 2), "float32": (16, 32, 4, 2), "interpreter": (16, 32, 4, 1)},
+    "combine_kernel": {"other": (1, 1, 4, 1)},
     "row_lse_kernel": {"other": (64, 64, 4, 2), "float32": (16, 32, 4, 2), "interpreter": (16, 32, 4, 1)},
     "column_kernel": {"other": (64, 64, 4, 2), "float32": (16, 32, 4, 2), "interpreter": (16, 32, 4, 1)},
 }
 
 
-def tile(kernel, q):
+def build_for(kernel, q):
     """What a launch for q (..., D) fixes: the kernel's compile-time arguments, and the compiler's options."""
     if interpreted():
         arch = "interpreter"
     else:
         arch = 90 if torch.cuda.get_device_capability(q.device)[0] in (9, 10) else 80
-    return tile_of(kernel.__name__, arch, str(q.dtype).removeprefix("torch."), q.shape[-1])
+    return build_of(kernel.__name__, arch, str(q.dtype).removeprefix("torch."), q.shape[-1])
 
 
-def tile_of(name, arch, dtype, head_dim):
-    """`tile` by name: arch 80, 90 or "interpreter"; a dtype's name."""
+def build_of(name, arch, dtype, head_dim):
+    """`build_for` by name: arch 80, 90 or "interpreter"; a dtype's name."""
     kind = arch if arch == "interpreter" else dtype if dtype == "float32" else (arch, head_dim)
     bm, bn, warps, stages = TILES[name].get(kind, TILES[name]["other"])
     build = dict(D=head_dim, BM=bm, BN=bn, PRECISION="tf32x3" if dtype == "float32" else "ieee")
@@ -912,17 +920,17 @@ class Gpu(NamedTuple):
 GPUS = {80: Gpu("A100 80GB", 312e12, 2.04e12, 108, 1.41e9, 164 * 1024), 90: Gpu("H100", 989e12, 3.35e12, 132, 1.83e9, 227 * 1024)}
 
 
-def compile_ahead(kernel, arch, dtype="bfloat16", head_dim=128, tile=None, causal=True, stream=True) -> Build:
-    """Compile a kernel for sm_<arch> (80, 90) as a launch would. tile (BM, BN, warps, stages), the table's by default.
+def compile_ahead(kernel, arch, dtype="bfloat16", head_dim=128, tile=None, causal=True, stream=True, splits=64) -> Build:
+    """Compile a kernel for sm_<arch> (80, 90) as a launch would. tile (BM, BN, warps, stages), the table's by default; splits: of decoding.
 
     Raises RuntimeError where Triton interprets: it cannot compile in the same process."""
     if interpreted():
         raise RuntimeError("Triton interprets in this process and cannot compile: unset TRITON_INTERPRET")
-    constants, options = tile_of(kernel.__name__, arch, dtype, head_dim)
+    constants, options = build_of(kernel.__name__, arch, dtype, head_dim)
     if tile is not None:
         constants |= dict(BM=tile[0], BN=tile[1])
         options |= dict(num_warps=tile[2], num_stages=tile[3])
-    constants |= dict(CAUSAL=causal, STREAM=stream)
+    constants |= dict(CAUSAL=causal, STREAM=stream, SPLITS=splits)
     kinds, aligned = {}, {}
     for i, p in enumerate(kernel.params):
         kinds[p.name] = "constexpr" if p.is_constexpr else argument_kind(p.name, dtype)
@@ -995,7 +1003,7 @@ def compiled_table(n=32768):
           "TFLOP | GB | bound, ms |\n|" + "---|" * 13)
     for (arch, gpu), head_dim in itertools.product(GPUS.items(), (64, 128)):
         for kernel in (forward_kernel, dq_kernel, dkv_kernel, decode_kernel, row_lse_kernel, column_kernel):
-            made, (constants, options) = compile_ahead(kernel, arch, head_dim=head_dim), tile_of(kernel.__name__, arch, "bfloat16", head_dim)
+            made, (constants, options) = compile_ahead(kernel, arch, head_dim=head_dim), build_of(kernel.__name__, arch, "bfloat16", head_dim)
             costs = [bound(kernel, made, gpu, constants, options["num_warps"], n, window) for window in (0, WINDOW)]
             costs = costs if kernel in (forward_kernel, dq_kernel, dkv_kernel) else costs[:1]
             flop, size, ms = (" / ".join(f"{c[i]:.3g}" for c in costs) for i in range(3))
@@ -1029,13 +1037,19 @@ def gpu_tables():
     cases = {"causal": ([0, 700], [0, 700], {}), "packed": ([0, 1, 300, 777], [0, 1, 300, 777], {}),
              "streaming": ([0, 900], [0, 900], dict(window=torch.tensor([200, 0]), sink=20)),
              "chunked prefill": ([0, 128], [0, 800], dict(window=300, sink=70)), "cross": ([0, 100], [0, 333], dict(causal=False))}
-    for (name, (cu_q, cu_k, options)), dtype in itertools.product(cases.items(), (torch.float32, torch.bfloat16)):
-        q, k, v, g = (draw(n, h, 64, dtype) for n, h in ((cu_q[-1], 8), (cu_k[-1], 2), (cu_k[-1], 2), (cu_q[-1], 8)))
+    for (name, (cu_q, cu_k, options)), dtype, d in itertools.product(cases.items(), (torch.float32, torch.bfloat16), (64, 128)):
+        q, k, v, g = (draw(n, h, d, dtype) for n, h in ((cu_q[-1], 8), (cu_k[-1], 2), (cu_k[-1], 2), (cu_q[-1], 8)))
         got = attention(q, k, v, cu_q, cu_k, impl="triton", **options)
         want = attention(q.double(), k.double(), v.double(), cu_q, cu_k, impl="torch", **options)
         grads = zip(torch.autograd.grad(got, (q, k, v), g), torch.autograd.grad(want, (q, k, v), g.double()))
         errors = [(a.double() - b.double()).abs().max().item() for a, b in ((got, want), *grads)]
-        print(f"| {name} | {str(dtype)[6:]} | " + " | ".join(f"{e:.1e}" for e in errors) + " |")
+        print(f"| {name}, D {d} | {str(dtype)[6:]} | " + " | ".join(f"{e:.1e}" for e in errors) + " |")
+    for dtype, d in itertools.product((torch.float32, torch.bfloat16), (64, 128)):
+        q, k, v = (draw(n, h, d, dtype).detach() for n, h in ((40, 8), (3000, 2), (3000, 2)))
+        k, v, pos = k.transpose(0, 1), v.transpose(0, 1), torch.arange(3000, device=device).expand(2, -1)
+        sums = [column_sums(q.unflatten(1, (2, 4)), pos[0, -40:], k, pos, 40, impl=impl) for impl in ("triton", "torch")]
+        errors = [(a.double() - b.double()).abs().max().item() for a, b in ((decode(q[0], k, v, "triton"), decode(q[0], k, v, "torch")), sums)]
+        print(f"| decode, D {d} | {str(dtype)[6:]} | {errors[0]:.1e} | | | |\n| column sums, D {d} | {str(dtype)[6:]} | {errors[1]:.1e} | | | |")
 
     ms = lambda f: triton.testing.do_bench(f)
     a, big = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16), torch.empty(2 ** 30, device=device, dtype=torch.uint8)
@@ -1063,12 +1077,12 @@ def cpu_table():
     """PyTorch here: forward and backward of one layer, all heads full against all heads streaming, in turn."""
     n_head, n_kv_head, head_dim, sink, window = 9, 3, 64, 16, 256
     print(f"forward + backward on {torch.get_num_threads()} CPU threads, float32, {n_head} query heads over {n_kv_head} "
-          f"KV heads of {head_dim}; streaming: sink {sink} + window {window}; best of 3\n")
+          f"KV heads of {head_dim}; streaming: sink {sink} + window {window}; best of 2\n")
     print("| tokens | full, s | streaming, s | ratio | visible pairs, ratio |\n|---|---|---|---|---|")
     for n in (1024, 2048, 4096, 8192):
         q, k, v = (torch.randn(n, h, head_dim, requires_grad=True) for h in (n_head, n_kv_head, n_kv_head))
         best = {0: math.inf, window: math.inf}
-        for w in (0, window) * 3:
+        for w in (0, window) * 2:
             start = time.perf_counter()
             attention(q, k, v, [0, n], [0, n], window=w, sink=sink * (w > 0)).sum().backward()
             best[w] = min(best[w], time.perf_counter() - start)

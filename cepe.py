@@ -131,6 +131,8 @@ class CEPE(Llama):
         return super().hidden(tokens, attend, positions, read)
 
     def reader(self, context, cu_seqlens):
+        cu_seqlens = torch.as_tensor(cu_seqlens).tolist()
+
         def read(layer, x):
             block = self.model.layers[layer]
             if not hasattr(block, "cross_attn"):

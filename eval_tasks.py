@@ -1795,8 +1795,8 @@ def fact_stream(rng, n_seq, length, n_fact, n_query, queries_last=False) -> Fact
 def recall(model, facts: Facts, attend=None, which=None) -> float:
     """Share of queries (those marked in `which`, all by default) whose likeliest next token is the right answer."""
     rows = facts.query if which is None else facts.query[which]
-    hidden = model.hidden(facts.batch.tokens, attend or causal(facts.batch.cu_seqlens))[rows]
-    return ((hidden @ model.head.T).argmax(1) == facts.batch.targets[rows]).float().mean().item()
+    hidden = model.hidden(facts.batch.tokens.to(model.head.device), attend or causal(facts.batch.cu_seqlens))[rows]
+    return ((hidden @ model.head.T).argmax(1).cpu() == facts.batch.targets[rows]).float().mean().item()
 
 
 def build_facts(n, length, seed, tokenizer=None):

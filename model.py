@@ -346,6 +346,7 @@ def check_tokens(tokens, vocab_size):
 
 def causal(cu_seqlens):
     """The plain `attend`: causal attention inside each packed document."""
+    cu_seqlens = torch.as_tensor(cu_seqlens).tolist()  # once: a layer that asks a GPU for them waits for it
     return lambda layer, q, k, v: attention(q, k, v, cu_seqlens, cu_seqlens)
 
 

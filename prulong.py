@@ -123,20 +123,20 @@ def gated(z, cu_seqlens, sink, window, full=None):
     own. full(layer, q, k, v) may stand in for the full branch. Differs from the official kernel, which rounds sink and
     window up to blocks of 128 tokens: exact here."""
     full = full or causal(cu_seqlens)
-    lengths = torch.as_tensor(cu_seqlens).diff().to(z.device)
+    cu_seqlens, lengths = torch.as_tensor(cu_seqlens).tolist(), torch.as_tensor(cu_seqlens).diff().to(z.device)
 
     def attend(layer, q, k, v):
         everything = full(layer, q, k, v)  # (N, n_head, D)
         streaming = attention(q, k, v, cu_seqlens, cu_seqlens, window=window, sink=sink)
         gate = z[..., layer, :].repeat_interleave(q.shape[1] // k.shape[1], -1)  # (n_head,) or (n_doc, n_head)
-        gate = gate if gate.dim() == 1 else gate.repeat_interleave(lengths, 0)  # (N, n_head)
+        gate = gate if gate.dim() == 1 else gate.repeat_interleave(lengths, 0, output_size=len(q))  # (N, n_head)
         return streaming + gate.to(q.dtype)[..., None] * (everything - streaming)
     return attend
 
 
 def split(mask, cu_seqlens, sink, window):
     """`attend` of a learned mask (n_layer, n_kv_head), True = full: each head runs once, in its own mode."""
-    windows = torch.where(mask.cpu(), 0, window)
+    windows, cu_seqlens = torch.where(mask.cpu(), 0, window), torch.as_tensor(cu_seqlens).tolist()
     return lambda layer, q, k, v: attention(q, k, v, cu_seqlens, cu_seqlens, window=windows[layer], sink=sink)
 
 
@@ -155,7 +155,7 @@ class PruLong(nn.Module):
             if mask.shape != (c.n_layer, c.n_kv_head):
                 raise ValueError(f"{config.heads}: {tuple(mask.shape)} heads, the model has {(c.n_layer, c.n_kv_head)}")
             self.gates.log_alpha.data = torch.where(mask, 10.0, -10.0)  # decided: P(z = 0) is 1e-5 or 0.9998
-        self.gates.requires_grad_(config.train != "weights")
+        self.to(model.head.device).gates.requires_grad_(config.train != "weights")
         model.requires_grad_(config.train != "masks")
 
     def param_groups(self):
@@ -188,7 +188,7 @@ class PruLong(nn.Module):
 
     def scores(self):
         """What heads are ranked by, (n_layer, n_kv_head) in 0..1: sigmoid(log_alpha)."""
-        return self.gates.log_alpha.detach().double().sigmoid()
+        return self.gates.log_alpha.detach().cpu().double().sigmoid()
 
     def mask(self):
         """The heads that keep the full cache: the best of the target sparsity, or the frozen ones."""
@@ -201,7 +201,7 @@ class Duo(nn.Module):
     def __init__(self, model, config: DuoConfig, seed: int):
         super().__init__()
         self.config = config
-        self.a = nn.Parameter(torch.ones(model.config.n_layer, model.config.n_kv_head))
+        self.a = nn.Parameter(torch.ones(model.config.n_layer, model.config.n_kv_head, device=model.head.device))
         model.requires_grad_(False)
 
     def param_groups(self):
@@ -233,7 +233,7 @@ class Duo(nn.Module):
         return distance + c.reg * self.a.abs().mean(), {"distance": distance.item(), "open": self.a.mean().item()}
 
     def scores(self):
-        return self.a.detach().clamp(0, 1)
+        return self.a.detach().cpu().clamp(0, 1)
 
     def mask(self):
         return discretise(self.scores(), self.config.target_sparsity)

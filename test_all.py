@@ -62,10 +62,10 @@ def slow_attention(q, k, v, cu_q, cu_k, causal=True, window=None, sink=0, scale=
     for b in range(len(cu_q) - 1):
         rows, keys = slice(cu_q[b], cu_q[b + 1]), slice(cu_k[b], cu_k[b + 1])
         nq, nk = cu_q[b + 1] - cu_q[b], cu_k[b + 1] - cu_k[b]
-        p, j = torch.arange(nq)[:, None] + nk - nq, torch.arange(nk)[None]
+        p, j = torch.arange(nq, device=q.device)[:, None] + nk - nq, torch.arange(nk, device=q.device)[None]
         for h in range(q.shape[1]):
             w = windows[h // n_rep] if windows[h // n_rep] > 0 else nk + nq
-            seen = ((j <= p) & ((p - j < w) | (j < sink))) if causal else torch.ones(nq, nk, dtype=torch.bool)
+            seen = ((j <= p) & ((p - j < w) | (j < sink))) if causal else torch.ones(nq, nk, dtype=torch.bool, device=q.device)
             s = q[rows, h] @ k[keys, h // n_rep].T * (q.shape[2] ** -0.5 if scale is None else scale)
             lse[h, rows] = s.masked_fill(~seen, -torch.inf).logsumexp(1)
             some = seen.any(1)
@@ -235,6 +235,9 @@ def interpreted_modes():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_kernels_on_the_gpu():
     kernel_modes("cuda")
+    interpreted_low_precision("cuda")
+    interpreted_decoding("cuda")
+    interpreted_columns("cuda")
 
 
 def interpreted_random_shapes():
@@ -249,10 +252,10 @@ def interpreted_random_shapes():
                     sink=pick(0, 40) * causal)
 
 
-def interpreted_low_precision():
+def interpreted_low_precision(device="cpu"):
     rng = torch.Generator().manual_seed(2)
-    kernel_case(rng, [60], [90], dtype=torch.float16, tol=4e-3, window=20, sink=3)
-    kernel_case(rng, [60], [90], dtype=torch.bfloat16, tol=4e-2, head_dim=128, n_rep=1)
+    kernel_case(rng, [60], [90], dtype=torch.float16, tol=4e-3, device=device, window=20, sink=3)
+    kernel_case(rng, [60], [90], dtype=torch.bfloat16, tol=4e-2, head_dim=128, n_rep=1, device=device)
 
 
 def interpreted_strided_views():
@@ -291,26 +294,30 @@ def interpreted_poison():
         assert torch.equal(a[others], b[others]) and b[others].isfinite().all()
 
 
-def interpreted_decoding():
+def interpreted_decoding(device="cpu"):
     """One query per sequence, over caches of different lengths, split among programs; beyond the ends only NaN."""
     rng = torch.Generator().manual_seed(5)
     for n_kv_head, n_rep, lengths in ((1, 3, [700, 1, 40]), (2, 1, [33]), (1, 20, [50, 0])):
         cu_k = bounds(lengths)
-        q = torch.randn(len(lengths), n_kv_head * n_rep, 16, generator=rng)
-        k, v = (torch.full((cu_k[-1] + 64, n_kv_head, 16), torch.nan)[:cu_k[-1]].copy_(torch.randn(cu_k[-1], n_kv_head, 16, generator=rng)) for _ in "kv")
+        q = torch.randn(len(lengths), n_kv_head * n_rep, 16, generator=rng).to(device)
+        k, v = (torch.full((cu_k[-1] + 64, n_kv_head, 16), torch.nan, device=device)[:cu_k[-1]].copy_(torch.randn(cu_k[-1], n_kv_head, 16, generator=rng))
+                for _ in "kv")
         got = attention(q, k, v, bounds([1] * len(lengths)), cu_k, return_lse=True, impl="triton")
         for a, b in zip(got, slow_attention(q, k, v, bounds([1] * len(lengths)), cu_k)):
             close(a, b, 1e-5)
+    none = [torch.zeros(0, 2, 16, device=device)] * 3
+    assert attention(*none, [0], [0], impl="triton").shape == (0, 2, 16)
+    assert all(attention_triton.as_kernels_want(x) is x for x in (k, k.transpose(0, 1), k.new_ones(3, 1, 64), k.new_ones(3, 1, 128)))  # no copy
     close(attention_triton.decode(q[0], k[:50].transpose(0, 1), v[:50].transpose(0, 1), impl="triton"), got[0][0], 1e-6)
 
 
-def interpreted_columns():
+def interpreted_columns(device="cpu"):
     """A cache whose entries have gaps, and a row later than all of them."""
     rng = torch.Generator().manual_seed(6)
     for n_rows, n, n_rep in ((5, 40, 3), (33, 70, 1), (1, 17, 2)):
-        q, k = torch.randn(n_rows, 2, n_rep, 16, generator=rng), torch.randn(2, n, 16, generator=rng)
-        pos = torch.stack([torch.randperm(n + 20, generator=rng)[:n].sort()[0] for _ in range(2)])
-        q_pos = torch.arange(n + 20 - n_rows, n + 20)
+        q, k = torch.randn(n_rows, 2, n_rep, 16, generator=rng).to(device), torch.randn(2, n, 16, generator=rng).to(device)
+        pos = torch.stack([torch.randperm(n + 20, generator=rng)[:n].sort()[0] for _ in range(2)], 1).to(device).T  # strided
+        q_pos = torch.arange(n + 20 - n_rows, n + 20, device=device)
         got = attention_triton.column_sums(q, q_pos, k, pos, n, impl="triton")
         weights = torch.einsum("rhgd,hnd->hgrn", q.double(), k.double()) / 4
         want = weights.masked_fill(pos[:, None, None] > q_pos[:, None], -torch.inf).softmax(-1).sum(2)
@@ -399,6 +406,7 @@ def compiled_float32():
 def compiled_other_builds():
     """Decoding and column sums; full heads and cross-attention; small heads."""
     for arch in (80, 90):
+        assert attention_triton.compile_ahead(attention_triton.combine_kernel, arch).stack == 0
         for kernel in OTHERS:
             no_spills(arch, attention_triton.compile_ahead(kernel, arch, "float16", 128))
         for kernel in PAIRS:
