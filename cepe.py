@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from attention_triton import attention
-from model import (KVCache, Linear, Llama, LlamaConfig, RMSNorm, Trunk, causal, cross_entropy, flag, generate, lay_together, load_config, parse,
+from model import (KVCache, Linear, Llama, LlamaConfig, RMSNorm, Trunk, causal, cross_entropy, flag, generate, lay_together, number, parse,
                    read_json, read_tensors, run, save_model, warmup_cosine, weight_files, write_json)
 
 
@@ -207,14 +207,14 @@ def load_cepe(path, device="cpu", dtype=torch.float32) -> CEPE:
     hf = read_json(os.path.join(path, "config.json"))
     if not isinstance(hf.get("encoder_config"), dict):
         raise ValueError(f"{path}/config.json: no encoder_config")
+    llama, tensors = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, {}  # whatever their own classes were called
     try:
-        encoder_config = LlamaConfig.from_hf({"model_type": "llama"} | hf["encoder_config"])
+        config, encoder_config = LlamaConfig.from_hf(hf | llama), LlamaConfig.from_hf(hf["encoder_config"] | llama)
+        last_n = number(hf, "num_cross_attn_layers", config.n_layer)
     except ValueError as e:
-        raise ValueError(f"{path}/config.json, encoder_config: {e}") from None
-    last_n = hf.get("num_cross_attn_layers")
-    tensors = {}
+        raise ValueError(f"{path}/config.json: {e}") from None
     with torch.device("meta"):
-        model = CEPE(load_config(path), encoder_config, last_n)
+        model = CEPE(config, encoder_config, last_n)
     want = dict(model.named_parameters())
     for file in weight_files(path):
         rows = embedding_rows(file)
@@ -237,7 +237,8 @@ def embedding_rows(file):
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(file, framework="pt") as f:
-            return f.get_slice("encoder.embed_tokens.weight").get_shape()[0]
+            shape = f.get_slice("encoder.embed_tokens.weight").get_shape()
+            return shape[0] if len(shape) == 2 else 0
     except SafetensorError:
         return 0
 
@@ -322,6 +323,8 @@ class Expand(nn.Module):
     def __init__(self, model: CEPE, settings: Config, seed: int, distil=False):
         super().__init__()
         self.settings, self.distil, vocab = settings, distil, model.encoder_config.vocab_size
+        if settings.top_k >= model.config.vocab_size:
+            raise ValueError(f"--top_k {settings.top_k} leaves nothing of a vocabulary of {model.config.vocab_size}")
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.head = MaskedLM(model.encoder_config.n_embd, vocab, model.encoder_config.norm_eps)
@@ -399,13 +402,13 @@ def perplexities(model, documents, counts, chunk_size, last=None, autocast=conte
     for count in counts:
         sums = {name: [0.0, 0] for name in rows}
         for i, (before, main) in enumerate(documents):
+            main = torch.as_tensor(np.asarray(main)).long().to(model.head.device)
             context = np.asarray(before)[len(before) - count * chunk_size:]
             other = np.asarray(documents[(i + 1) % len(documents)][0])
             other = other[len(other) - count * chunk_size:]
-            main = torch.as_tensor(np.asarray(main)).long()
             n = min(last, len(main) - 1)
             for name, tokens in (("CEPE", context), ("other documents' chunks", other), ("prepended to the decoder", context)):
-                tokens = torch.as_tensor(tokens).long()
+                tokens = torch.as_tensor(tokens).long().to(model.head.device)
                 with autocast():
                     if name == "prepended to the decoder":
                         hidden = Llama.hidden(model, torch.cat((tokens, main)))[len(tokens):]

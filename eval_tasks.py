@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import meco
 from evict import ATTENTION_RULES, POLICIES, make_cache
 from model import (DTYPES, Batch, Llama, LlamaConfig, byte_tokenizer, causal, check_device, cross_entropy, flag, generate, load_model,
                    load_tokenizer, parse, run, save_model, stream)
@@ -1716,7 +1717,7 @@ def word_problem(rng):
 def final_answer(text):
     """What an answer says in the end: the number after GSM8K's ####, or what follows "the correct answer is" (the commonsense sets of
     LLM-Adapters, arXiv:2304.01933), in lower case; None if it says neither."""
-    if found := re.search(r"####\s*\$?(-?[\d,]*\.?\d+)", text):
+    if found := re.search(r"####\s*\$?(-?[\d,]{0,40}\.?\d{1,40})", text):
         number = Fraction(found[1].replace(",", ""))
         return str(number.numerator) if number.denominator == 1 else str(number)
     found = re.search(r"the correct answer is\W*(\w+)", text, re.IGNORECASE)
@@ -1997,9 +1998,7 @@ def evaluate(config, model, tokenizer, log):
 
 def behind_host(example, tokenizer, host) -> Example:
     """The example with MeCo's "URL: host" and an empty line once before the whole prompt (arXiv:2501.01956)."""
-    n_bos = int(tokenizer.add_bos)
-    given = tokenizer.encode(f"URL: {host}\n\n")
-    return replace(example, prompt=[*example.prompt[:n_bos], *given, *example.prompt[n_bos:]])
+    return replace(example, prompt=[*meco.prompt(tokenizer, "", host), *example.prompt[int(tokenizer.add_bos):]])
 
 
 def examples_of(config, name, length, policies, tokenizer):

@@ -55,6 +55,13 @@ def host(url) -> str:
     return re.split("[/?#]", bare(url))[0].rpartition("@")[2].partition(":")[0].lower()
 
 
+def host_of(url) -> str:
+    """`host`, which must not be empty."""
+    if not host(url):
+        raise ValueError(f"{url!r} has no host")
+    return host(url)
+
+
 def describe(row, kind, top=()):
     """Metadata of a document {"url"} or {"topic"}: its name in the template and its text. top: the hosts that `topk` names."""
     if kind == "topic":
@@ -85,8 +92,8 @@ def encode(tokenizer, text, metadata=None, name="URL"):
 
 
 def prompt(tokenizer, text, host=None):
-    """Token ids of a prompt, conditioned on a host, which may be invented."""
-    ids, _ = encode(tokenizer, text, host)
+    """Token ids of a prompt, conditioned on a host (or the host of a URL), which may be invented."""
+    ids, _ = encode(tokenizer, text, None if host is None else host_of(host))
     return ids[:len(ids) - len(list(tokenizer.eos_ids)[:1])].tolist()
 
 
@@ -160,6 +167,15 @@ class UrlData:
         for kind, pool in ((True, rows[:cut]), (False, rows[cut:])):
             if pool and not self.packs[kind]:
                 raise ValueError(f"{len(pool)} documents {'with' if kind else 'without'} metadata do not fill one sequence of {seq_len} tokens")
+        needed = {"meco": {True, False} if 0 < settings.cooldown < 1 else {settings.cooldown == 0}, "mix": {True, False}, "url": {True}, "standard": {False}}
+        if not all(self.packs[kind] for kind in needed[settings.mode]):
+            raise ValueError(f"{len(rows)} documents do not fill one sequence of {seq_len} tokens with metadata and one without")
+        if len({describe(row, settings.metadata, self.top) for row in rows}) < 2:
+            raise ValueError("all documents have the same metadata: nothing to condition on")
+        if not all(row["text"] for row in held + rows):
+            raise ValueError("a document has no text")
+        if not all(any(mask.any() for _, mask in row) for packs in self.packs.values() for row in packs):
+            raise ValueError(f"metadata fills whole sequences of {seq_len} tokens: nothing is left to learn")
         others = {describe(row, settings.metadata, self.top) for row in rows}
         self.exams = []
         for row in held:  # the same document tokens in all three conditions

@@ -93,7 +93,7 @@ class LM:
 
 
 class Stage(typing.NamedTuple):
-    """A part of a run with its own context length [tokens]; None: as the flags say."""
+    """A part of a run with its own context length [tokens]; rope_base None: the model's, or the stage's before; lr None: --lr."""
     length: int
     steps: int
     rope_base: float | None
@@ -441,8 +441,9 @@ def load_checkpoint(path, model, method, optimizer):
     """Put a checkpoint's tensors back; returns its `about`. Raises ValueError if it is not exactly what such a run saves."""
     about, tensors = read_checkpoint(path), read_tensor_file(path)
     own = learned(model, method)
-    want = {name: (p.shape, p.dtype) for name, p in own.items()}
-    for i, keys in enumerate(state_like(optimizer)):
+    want, likes = {name: (p.shape, p.dtype) for name, p in own.items()}, dict(enumerate(state_like(optimizer)))
+    likes = {i: keys for i, keys in likes.items() if any(f"optimizer.{i}.{key}" in tensors for key in keys)}  # none before its first gradient
+    for i, keys in likes.items():
         want |= {f"optimizer.{i}.{key}": like for key, like in keys.items()}
     got = {name: (t.shape, t.dtype) for name, t in tensors.items()}
     if odd := sorted(name for name in want.keys() | got.keys() if want.get(name) != got.get(name)):
@@ -450,7 +451,7 @@ def load_checkpoint(path, model, method, optimizer):
     with torch.no_grad():
         for name, p in own.items():
             p.copy_(tensors[name])
-    state = {i: {key: tensors[f"optimizer.{i}.{key}"] for key in keys} for i, keys in enumerate(state_like(optimizer))}
+    state = {i: {key: tensors[f"optimizer.{i}.{key}"] for key in keys} for i, keys in likes.items()}
     if isinstance(optimizer, vlorp.ProjFactor):
         state = {i: values | {"step": values["step"].item()} for i, values in state.items()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -514,7 +515,7 @@ def read_tensor_file(path):
 def target_shares(batches):
     """What each micro-batch's mean loss counts, so that every target of a step counts the same (or as its weight says)."""
     sizes = [float(((b.targets != -100) * (1.0 if b.weights is None else b.weights)).sum()) for b in batches]
-    return [size / sum(sizes) for size in sizes]
+    return [size / (sum(sizes) or 1) for size in sizes]
 
 
 def stage_at(stages, step):
@@ -537,6 +538,8 @@ def fit(method, model, stages, config, out_dir, about, autocast):
         saved = load_checkpoint(checkpoint, model, method, optimizer)
         done, seconds = saved["step"], saved["cpu_seconds"]
     log.forget(done)
+    if done:
+        model.config = dataclasses.replace(model.config, rope_base=stages[stage_at(stages, done - 1)[0]].rope_base or model.config.rope_base)
     start = time.process_time() - seconds
     steps = sum(stage.steps for stage in stages)
     bar = tqdm(range(done, steps), initial=done, total=steps, desc=about["method"], unit="step", disable=None)
@@ -547,7 +550,7 @@ def fit(method, model, stages, config, out_dir, about, autocast):
         if stage.rope_base:
             model.config = dataclasses.replace(model.config, rope_base=stage.rope_base)
         for group, peak in zip(optimizer.param_groups, peaks):
-            group["lr"] = peak * (stage.lr / config.lr if stage.lr else 1) * method.lr_scale(local, stage.steps, config.warmup, config.min_lr)
+            group["lr"] = (stage.lr or peak) * method.lr_scale(local, stage.steps, config.warmup, config.min_lr)
         rngs = [np.random.default_rng([config.seed, step, micro]) for micro in range(config.grad_accum)]
         batches = [(method.batch(stage.data, rng, local, stage.steps), rng) for rng in rngs]
         batches.sort(key=lambda pair: -int(pair[0].cu_seqlens.diff().square().sum()))  # the heavy ones first, on all devices (ProLong)
@@ -558,7 +561,8 @@ def fit(method, model, stages, config, out_dir, about, autocast):
             batch = type(batch)(*(x if x is None else x.to(config.device) for x in batch))
             with autocast():
                 loss, metrics = method.loss(model, batch, local, stage.steps, rng)
-            (loss * share).backward()
+            if loss.requires_grad:  # text without context teaches a frozen decoder nothing
+                (loss * share).backward()
             total += loss.item() * share
             shown = {k: shown.get(k, 0.0) + v * share for k, v in metrics.items()}
         norm = clip_and_step(optimizer, config.clip) if math.isfinite(total) else math.nan
@@ -568,7 +572,7 @@ def fit(method, model, stages, config, out_dir, about, autocast):
         optimizer.zero_grad(set_to_none=True)
         log.write("step", step=step, loss=total, grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
                   tokens=sum(len(b.tokens) for b in batches), targets=sum(int((b.targets != -100).sum()) for b in batches), seconds=round(time.perf_counter() - tick, 4), **shown)
-        if len(stages) > 1 and local + 1 == stage.steps:
+        if config.stages and local + 1 == stage.steps:
             log.write("stage", step=step, length=stage.length, scores=length_scores(model, stages, config, autocast))
         bar.set_postfix({"loss": f"{total:.3f}"} | {k: f"{v:.2f}" for k, v in shown.items() if k in ("sparsity", "target")})
         if (step + 1) % config.save_every == 0 or step + 1 == steps:
@@ -855,13 +859,20 @@ def build_stages(config, settings, vocab_size) -> list:
     """The run's stages with their data: one, or those of --stages, whose micro-batches hold as many tokens as the first's."""
     if config.stages is None:
         return [Stage(config.seq_len, config.steps, None, None, build_data(config, settings, vocab_size))]
-    stages, specs = parse_stages(config.stages), config.data.split(";")
+    stages, specs, base = parse_stages(config.stages), config.data.split(";"), None
     if len(specs) not in (1, len(stages)):
         raise ValueError(f"--data has {len(specs)} parts for {len(stages)} stages")
     built = []
     for stage, spec in zip(stages, specs * (len(stages) if len(specs) == 1 else 1)):
-        own = dataclasses.replace(config, data=spec, seq_len=stage.length, batch=max(1, config.batch * stages[0].length // stage.length))
-        built.append(stage._replace(data=build_data(own, settings, vocab_size)))
+        if config.batch * stages[0].length % stage.length:
+            raise ValueError(f"--stages: a micro-batch of {config.batch} x {stages[0].length} tokens is not a number of sequences of {stage.length}: set --batch")
+        longest = max(s.length for s in stages)
+        own = dataclasses.replace(config, data=spec, seq_len=stage.length, batch=config.batch * stages[0].length // stage.length,
+                                  eval_seqs=-(-config.eval_seqs * longest // stage.length))  # the same end of the text is held out in every stage
+        base = stage.rope_base or base
+        built.append(stage._replace(rope_base=base, data=build_data(own, settings, vocab_size)))
+    if ("facts" in specs) != (set(specs) == {"facts"}):
+        raise ValueError("--data: the fact stream does not mix with text")
     return built
 
 
@@ -920,8 +931,17 @@ def main(argv=None):
     if config.method in ("cepe", "ceped"):
         settings = cepe_defaults(config, settings)
     check_device(config.device)
-    if config.method in ("cepe", "ceped") and settings.context + 2 > config.seq_len:
-        raise ValueError(f"--context {settings.context} leaves the decoder fewer than 2 of --seq_len {config.seq_len} tokens")
+    if config.method in ("cepe", "ceped"):
+        if settings.context + 4 > config.seq_len:
+            raise ValueError(f"--context {settings.context} leaves the decoder fewer than 4 of --seq_len {config.seq_len} tokens")
+        if settings.context % settings.chunk_size:
+            raise ValueError(f"--context {settings.context} is not a multiple of --chunk_size {settings.chunk_size}")
+        if config.eval_seqs < 2:
+            raise ValueError("--eval_seqs 1: other documents' chunks need another document")
+        if settings.mlm + settings.duplicate >= 1:
+            raise ValueError(f"--mlm {settings.mlm} and --duplicate {settings.duplicate} leave no step to read what came before")
+        if config.method == "cepe" and settings.top_k:
+            raise ValueError("--top_k means nothing without distillation: --method ceped")
     if config.method in ("prulong", "duo") and settings.window + settings.sink >= config.seq_len:
         raise ValueError(f"--sink {settings.sink} and --window {settings.window} show a streaming head all of --seq_len {config.seq_len}")
     llama = load_config(config.model) if config.model else TINY
