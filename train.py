@@ -280,10 +280,11 @@ def encode_chat(messages, tokenizer):
         if message["role"] == "assistant":
             prompt = tokenizer.chat(messages[:i])
             before = tokenizer.encode(prompt[len(text):])
-            turn = tokenizer.encode(message["content"] + end)
+            content = message["content"].strip() if end == "<|eot_id|>" else message["content"]  # as its chat format has it
+            turn = tokenizer.encode(content + end)
             ids += before + turn
             said += [False] * len(before) + [True] * len(turn)
-            text = prompt + message["content"] + end
+            text = prompt + content + end
     if not any(said):
         raise ValueError("no turn of the assistant")
     tokens, mask = torch.tensor(ids), torch.tensor(said[1:] + [False])
