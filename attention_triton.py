@@ -669,13 +669,12 @@ class Fused(torch.autograd.Function):
 
 def fused(q, k, v, cu_q, cu_k, causal, windows, sink, scale):
     """`attention` by the kernels; one query per sequence, without windows or gradient, by those for decoding."""
-    dtype, head_dim = q.dtype, q.shape[-1]
-    q, k, v = (as_kernels_want(x) for x in (q, k, v))
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
     if len(cu_q) > 1 and cu_q == list(range(len(cu_q))) and not any(windows) and not learns:
-        out, lse = fused_decode(q, k, v, cu_k, scale)
-    else:
-        out, lse = Fused.apply(q, k, v, cu_q, cu_k, causal, windows, sink, scale)
+        return fused_decode(q, k, v, cu_k, scale)
+    dtype, head_dim = q.dtype, q.shape[-1]
+    q, k, v = (as_kernels_want(x) for x in (q, k, v))
+    out, lse = Fused.apply(q, k, v, cu_q, cu_k, causal, windows, sink, scale)
     return out[..., :head_dim].to(dtype), lse
 
 
@@ -859,8 +858,7 @@ def fused_column_sums(q, q_pos, k, pos):
 
 
 # --- tiles ----------------------------------------------------------------------------------------------------------
-# BM x BN, warps, pipeline stages. A table instead of tuning on the spot: each row compiles without spills and keeps the fewest
-# instructions a score of those tried; `python attention_triton.py` prints what the compiler makes of it. 8 warps want
+# BM x BN, warps, pipeline stages. A table instead of tuning on the spot: each row compiles without spills; `python attention_triton.py` prints what the compiler makes of it. 8 warps want
 # BM = 128 on sm_90: with 64 rows both warp groups would compute the same ones. float32 products run as three tf32 ones.
 
 TILES = {
@@ -908,7 +906,7 @@ class Build(NamedTuple):
 
 
 class Gpu(NamedTuple):
-    """A card's data sheet (SXM modules); its multiprocessors issue 4 warp instructions and 16 exp2 a cycle."""
+    """A card's data sheet (SXM modules); a multiprocessor starts 4 warp instructions and 16 exp2 in a cycle."""
     name: str
     flops: float  # bf16 tensor cores, dense [1/s]
     bandwidth: float  # [bytes/s]

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import DTYPES, Batch, Llama, LlamaConfig, causal, flag, generate, load_model, load_tokenizer, parse, run, warmup_cosine
+from model import DTYPES, Batch, Llama, LlamaConfig, causal, collate, flag, generate, load_model, load_tokenizer, parse, run, warmup_cosine
 
 KINDS = ("host", "full", "suffix", "hash", "topk", "topic")
 MODES = ("meco", "standard", "url", "mix")
@@ -111,12 +111,11 @@ def pack(docs, seq_len):
             row, room = [], seq_len
 
 
-def collate(rows) -> Batch:
+def as_batch(rows) -> Batch:
     """Packed sequences as a Batch: a target is learned where its own position says so, and never across documents."""
     docs = [doc for row in rows for doc in row]
     targets = [torch.cat((torch.where(mask, ids, -100)[1:], ids.new_full((1,), -100))) for ids, mask in docs]
-    cu_seqlens = torch.tensor([0, *(len(ids) for ids, _ in docs)]).cumsum(0).int()
-    return Batch(torch.cat([ids for ids, _ in docs]), torch.cat(targets), cu_seqlens)
+    return collate([ids for ids, _ in docs], targets)
 
 
 # --- the method: what train.py asks of it ---------------------------------------------------------------------------------
@@ -193,7 +192,7 @@ class UrlData:
 
     def batch(self, rng, n_conditioned):
         kinds = [True] * n_conditioned + [False] * (self.n_seq - n_conditioned)
-        return collate([self.packs[kind][rng.integers(len(self.packs[kind]))] for kind in kinds])
+        return as_batch([self.packs[kind][rng.integers(len(self.packs[kind]))] for kind in kinds])
 
 
 def exam(ids, mask, n_document):
@@ -258,7 +257,7 @@ class SiteData:
             yield self.document(self.pairs(rng, site), site if with_metadata else None)
 
     def batch(self, rng, n_conditioned):
-        return collate([next(pack(self.draw(rng, i < n_conditioned), self.seq_len)) for i in range(self.n_seq)])
+        return as_batch([next(pack(self.draw(rng, i < n_conditioned), self.seq_len)) for i in range(self.n_seq)])
 
     @torch.no_grad()
     def steering(self, model, with_url, rng, per_site=8):

@@ -372,6 +372,15 @@ class Batch(typing.NamedTuple):
     weights: torch.Tensor | None = None
 
 
+def collate(docs, targets=None) -> Batch:
+    """Documents packed end to end. A document's last token has no target: nothing is predicted across documents."""
+    docs = [torch.as_tensor(doc).long() for doc in docs]
+    if targets is None:
+        targets = [torch.cat((doc[1:], doc.new_full((1,), -100))) for doc in docs]
+    cu_seqlens = torch.tensor([0, *(len(doc) for doc in docs)]).cumsum(0).int()
+    return Batch(torch.cat(docs), torch.cat(targets), cu_seqlens)
+
+
 class CrossEntropy(torch.autograd.Function):
     """sum_i w_i * nll_i, a block of rows at a time. The gradient is formed while a block's logits are at hand: they are
     computed once, and a block's float32 numbers are all that ever exists of them."""

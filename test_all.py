@@ -2553,7 +2553,7 @@ def test_meco_documents_by_hand():
     tokenizer = model_file.byte_tokenizer()
     ids, mask = meco.encode(tokenizer, "ab", "x.y")
     assert ids.tolist() == [256, *b"URL: x.y\n\n", *b"ab", 257] and mask.tolist() == [False] * 11 + [True] * 3
-    batch = meco.collate([[meco.join([0], [7, 7], [8, 9], [1])]])
+    batch = meco.as_batch([[meco.join([0], [7, 7], [8, 9], [1])]])
     assert batch.tokens.tolist() == [0, 7, 7, 8, 9, 1] and batch.targets.tolist() == [-100, -100, 8, 9, 1, -100]
     assert meco.encode(tokenizer, "ab")[0].tolist() == [256, *b"ab", 257] and meco.encode(tokenizer, "ab")[1].tolist() == [False, True, True, True]
     assert meco.prompt(tokenizer, "ab", "x.y") == ids[:-1].tolist() and meco.prompt(tokenizer, "ab") == [256, *b"ab"]
@@ -2581,7 +2581,7 @@ def test_meco_packs_whole_rows_and_leaks_nothing():
             assert torch.equal(ids, whole[:len(ids)]) and torch.equal(mask, whole_mask[:len(ids)])
             starts += 1
         assert all(len(ids) == len(docs[starts - len(row) + k][0]) for k, (ids, _) in enumerate(row[:-1]))
-    model, batch = small(), meco.collate([next(row for row in rows if len(row) > 1)])
+    model, batch = small(), meco.as_batch([next(row for row in rows if len(row) > 1)])
     changed = batch.tokens.clone()
     first = int(batch.cu_seqlens[1])
     changed[first - 1] = 5
@@ -2589,7 +2589,7 @@ def test_meco_packs_whole_rows_and_leaks_nothing():
     assert len(batch.cu_seqlens) > 2 and torch.equal(logits[first:], other[first:]) and not torch.equal(logits[:first], other[:first])
     for a, b in itertools.pairwise(batch.cu_seqlens.tolist()):
         close(logits[a:b], model(batch.tokens[a:b]), 1e-6)
-    empty = meco.collate([[meco.join([0], [1] * 30, [3], [])]])._replace(targets=torch.full((32,), -100))
+    empty = meco.as_batch([[meco.join([0], [1] * 30, [3], [])]])._replace(targets=torch.full((32,), -100))
     loss, _ = meco.MeCo(model, meco.Config(), 0).loss(model, empty, 0, 1, None)
     loss.backward()
     assert loss.item() == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())

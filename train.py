@@ -38,7 +38,7 @@ import meco
 import prulong
 import vlorp
 from eval_tasks import CURRICULUM, TINY, fact_stream, final_answer, recall, tiny_model, tiny_start, word_problem
-from model import (DTYPES, Batch, Llama, byte_tokenizer, causal, check_device, flag, footprint, generate, load_config, load_model, load_tokenizer, parse, peak_memory,
+from model import (DTYPES, Batch, Llama, byte_tokenizer, causal, check_device, collate, flag, footprint, generate, load_config, load_model, load_tokenizer, parse, peak_memory,
                    read_json, replacing, run, save_model, warmup_cosine, write_tensors)
 
 
@@ -291,15 +291,6 @@ def encode_chat(messages, tokenizer):
     return tokens, torch.where(mask, tokens.roll(-1), -100)
 
 
-def collate(docs, targets=None) -> Batch:
-    """Documents packed end to end. A document's last token has no target: nothing is predicted across documents."""
-    docs = [torch.as_tensor(np.asarray(doc)).long() for doc in docs]
-    if targets is None:
-        targets = [torch.cat((doc[1:], doc.new_full((1,), -100))) for doc in docs]
-    cu_seqlens = torch.tensor([0, *(len(doc) for doc in docs)]).cumsum(0).int()
-    return Batch(torch.cat(docs), torch.cat(targets), cu_seqlens)
-
-
 def read_documents(path, ending=""):
     """Texts under a path: of each line of a .jsonl file its "text", any other file as a whole; folders in sorted order,
     of theirs only files with that ending.
@@ -309,12 +300,7 @@ def read_documents(path, ending=""):
     if not os.path.isdir(path) and not os.path.isfile(path):
         raise ValueError(f"{path}: neither a file nor a folder")
     if path.endswith(".jsonl") and not os.path.isdir(path):
-        with open(path, encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
-                try:
-                    yield json.loads(line)["text"] + ""
-                except (ValueError, TypeError, KeyError, RecursionError):
-                    raise ValueError(f'{path}, line {number}: want a JSON object with a string "text", got {line.strip()[:60]!r}') from None
+        yield from (row["text"] for row in read_lines(path, "text"))
         return
     if not os.path.isdir(path):
         with open(path, "rb") as f:
@@ -339,17 +325,16 @@ def read_documents(path, ending=""):
         print(f"{path}: passed over {passed_over} entries that are no files of UTF-8 text", file=sys.stderr)
 
 
-def read_rows(path, field):
-    """Rows {"text", field} of a jsonl file. Raises ValueError naming a line that is none."""
-    rows = []
+def read_lines(path, *fields):
+    """Of each line of a jsonl file the strings of these fields, as a dict. Raises ValueError naming a line that lacks one."""
     with open(path, encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
             try:
                 row = json.loads(line)
-                rows.append({name: row[name] + "" for name in ("text", field)})
+                yield {name: row[name] + "" for name in fields}
             except (ValueError, TypeError, KeyError, RecursionError):
-                raise ValueError(f'{path}, line {number}: want a JSON object with strings "text" and "{field}", got {line.strip()[:60]!r}') from None
-    return rows
+                names = " and ".join(f'"{name}"' for name in fields)
+                raise ValueError(f"{path}, line {number}: want a JSON object with a string {names}, got {line.strip()[:60]!r}") from None
 
 
 class NotText(ValueError):
@@ -846,7 +831,7 @@ def build_data(config, settings, vocab_size):
         return meco.SiteData(n_seq=config.batch, seq_len=config.seq_len, n_held_out=config.eval_seqs, seed=config.seed)
     tokenizer = load_tokenizer(config.model) if config.model else byte_tokenizer()
     if config.method == "meco":
-        data = meco.UrlData(read_rows(config.data, "topic" if settings.metadata == "topic" else "url"), tokenizer, settings, *shape)
+        data = meco.UrlData(list(read_lines(config.data, "text", "topic" if settings.metadata == "topic" else "url")), tokenizer, settings, *shape)
     elif config.method == "sft" or getattr(settings, "chat", False):
         data = ChatData(read_chats(config.data, tokenizer, config.seq_len), tokenizer, *shape)
     else:
