@@ -29,8 +29,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from attention_triton import attention
-from model import (KVCache, Linear, Llama, LlamaConfig, RMSNorm, Trunk, causal, cross_entropy, flag, generate, lay_together, number, parse,
-                   read_json, read_tensors, run, save_model, warmup_cosine, weight_files, write_json)
+from model import (Batch, KVCache, Linear, Llama, LlamaConfig, RMSNorm, Trunk, causal, cross_entropy, dealt, flag, generate, lay_together, number, parse,
+                   read_json, read_tensors, run, save_model, summed, warmup_cosine, weight_files, write_json)
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Config:
     mlm: float | None = flag(None, "share of the steps that first train the encoder to fill in masked tokens (default: 0.2; entity stream 0)", low=0, high=1)
     mlm_rate: float = flag(0.3, "share of the tokens masked", low=0.01, high=0.99)
     duplicate: float | None = flag(None, "share of the steps in which encoder and decoder then read the same tokens (default: 0.2; entity stream 0.05)", low=0, high=1)
-    mask_chunks: float = flag(0.0, "share of the chunks that are cut short or (a tenth of them) left out (official, random encoder: 0.3)", low=0, high=1)
+    mask_chunks: float = flag(0.0, "share of the chunks that are cut short or (a tenth of them) left out, but never all of a document's (official, random encoder: 0.3)", low=0, high=1)
     kl: float = flag(2.0, "ceped: weight of the distillation, beside 1 of cross-entropy", low=0)
     top_k: int = flag(0, "ceped: distil the teacher's k likeliest tokens and the rest as one; 0: the whole vocabulary (official, stored: 50)", low=0)
     slice: int = flag(64, "chunks encoded at once; only memory depends on it", low=1)
@@ -255,6 +255,13 @@ class Example(NamedTuple):
     cu_context: torch.Tensor
     weights: torch.Tensor | None = None
 
+    def documents(self, first, last):
+        """Its documents first .. last - 1 with their contexts."""
+        main, (start, end) = Batch.documents(self, first, last), self.cu_context[[first, last]].tolist()
+        cu_chunks = self.cu_chunks[(self.cu_chunks >= start) & (self.cu_chunks <= end)] - start
+        targets = main.targets if len(self.tokens) else self.targets[start:end]  # masked tokens of the context
+        return Example(main.tokens, targets, main.cu_seqlens, self.context[start:end], cu_chunks, self.cu_context[first:last + 1] - start, main.weights)
+
 
 def example(documents, chunk_size, keep=None) -> Example:
     """documents: (context tokens, main tokens) each. keep(n) -> how many of a chunk's n tokens stay."""
@@ -263,6 +270,8 @@ def example(documents, chunk_size, keep=None) -> Example:
         bounds = split_chunks(len(before), chunk_size)
         for a, b in zip(bounds, bounds[1:]):
             n = b - a if keep is None else keep(b - a)
+            if n == 0 and b == len(before) and cu_chunks[-1] == cu_context[-1]:
+                n = 1  # without any context there would be nothing for a frozen decoder to learn
             if n:
                 context.append(before[a:a + n])
                 cu_chunks.append(cu_chunks[-1] + n)
@@ -365,7 +374,7 @@ class Expand(nn.Module):
             batch = batch._replace(targets=torch.where(hidden, batch.context, -100))
         return batch
 
-    def loss(self, model, batch, step, steps, rng):
+    def loss(self, model, batch, step, steps):
         s, phase = self.settings, self.phase(step, steps)
         if phase == 0:
             masked = torch.where(batch.targets != -100, model.encoder_config.vocab_size - 1, batch.context)
@@ -401,7 +410,8 @@ def perplexities(model, documents, counts, chunk_size, last=None, autocast=conte
     rows, last = {"CEPE": [], "other documents' chunks": [], "prepended to the decoder": []}, last or 2 ** 30
     for count in counts:
         sums = {name: [0.0, 0] for name in rows}
-        for i, (before, main) in enumerate(documents):
+        for i in dealt(range(len(documents))):
+            before, main = documents[i]
             main = torch.as_tensor(np.asarray(main)).long().to(model.head.device)
             context = np.asarray(before)[len(before) - count * chunk_size:]
             other = np.asarray(documents[(i + 1) % len(documents)][0])
@@ -416,7 +426,8 @@ def perplexities(model, documents, counts, chunk_size, last=None, autocast=conte
                         hidden = model.hidden(main, context=model.context(tokens, split_chunks(len(tokens), chunk_size)))
                     nll = cross_entropy(hidden[:-1][-n:], model.head, main[1:][-n:]).item()
                 sums[name] = [sums[name][0] + nll * n, sums[name][1] + n]
-        for name, (total, n) in sums.items():
+        for name, values in sums.items():
+            total, n = summed(values)
             rows[name].append(math.exp(total / n))
     return rows
 
@@ -492,7 +503,7 @@ def train_entities(data, decoder, config):
         rng = np.random.default_rng([config.seed, 1, step])
         batch = method.batch(data, rng, step, config.steps)
         optimizer.param_groups[0]["lr"] = config.lr * method.lr_scale(step, config.steps, 0.04, 0.02)
-        loss, _ = method.loss(model, batch, step, config.steps, rng)
+        loss, _ = method.loss(model, batch, step, config.steps)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         optimizer.step()

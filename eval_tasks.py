@@ -39,8 +39,8 @@ from tqdm import tqdm
 
 import meco
 from evict import ATTENTION_RULES, POLICIES, make_cache
-from model import (DTYPES, Batch, Llama, LlamaConfig, byte_tokenizer, causal, check_device, cross_entropy, flag, generate, load_model,
-                   load_tokenizer, parse, run, save_model, stream)
+from model import (DTYPES, Batch, Llama, LlamaConfig, append_line, byte_tokenizer, causal, check_device, cross_entropy, dealt, flag, generate,
+                   join_processes, load_model, load_tokenizer, parse, processes, run, save_model, stream, wait_for_all)
 from prulong import load_heads
 
 # --- text metrics -----------------------------------------------------------------------------------------------------
@@ -1928,7 +1928,8 @@ def answer(model, tokenizer, example, cache, max_new_tokens):
 
 
 def read_results(path) -> dict:
-    """Results so far by key; the torn last line that a killed run leaves is cut off. Raises ValueError for another kind of file."""
+    """Results so far by their "key", the first field; the torn last line that a killed run leaves is cut off. Raises ValueError for
+    another kind of file."""
     done, good = {}, 0
     if not os.path.exists(path):
         return done
@@ -1957,14 +1958,15 @@ def confidence(scores):
 
 
 def evaluate(config, model, tokenizer, log):
-    """Run what is not in config.out yet. Returns all rows asked for, in order."""
+    """Run what is not in config.out yet, an equal share in each process. Returns all rows asked for, in order."""
     policies = config.policy.split(",")
     settings = {p: policy_settings(config, p) for p in policies}
     heads = load_heads(config.heads, config.sparsity) if config.heads else None
     mask = lambda p: {"heads": heads} if p == "heads" else {}
     for p in policies:
         make_cache(model, p, **settings[p], **mask(p))  # refuses what does not fit before anything runs
-    done, rows = read_results(config.out), []
+    done, keys, (rank, size) = read_results(config.out), [], processes()
+    wait_for_all()  # until every process has read what there is
     who = [os.path.realpath(config.model), config.dtype, config.chat, config.max_new_tokens]
     names = config.tasks.split(",")
     for name, length in [(name, int(x)) for name in names for x in config.lengths.split(",")]:
@@ -1974,11 +1976,11 @@ def evaluate(config, model, tokenizer, log):
         if spec.scorer == "pseudo_to_code" and not config.allow_code_exec:
             log(f"{name}: skipped, it runs generated code: --allow_code_exec")
             continue
-        for i, p, example in tqdm(examples_of(config, name, length, policies, tokenizer), desc=f"{name} {length}", unit="example", disable=None):
+        for i, p, example in tqdm(examples_of(config, name, length, policies, tokenizer), desc=f"{name} {length}", unit="example", disable=rank > 0 or None):
             sha = hashlib.sha256(json.dumps([example.prompt, example.answer]).encode()).hexdigest()[:16]
             extra = ["".join(str(int(x)) for x in heads.flatten())] if p == "heads" else []
             key = json.dumps([*who, name, length, p, settings[p], *extra, i, sha], sort_keys=True)
-            if key not in done:
+            if key not in done and len(keys) % size == rank:
                 cache, start = make_cache(model, p, **settings[p], **mask(p)), time.perf_counter()
                 said = answer(model, tokenizer, example, cache, config.max_new_tokens or example.max_new_tokens)
                 metrics = score(name, said, example)
@@ -1986,14 +1988,16 @@ def evaluate(config, model, tokenizer, log):
                              "prompt_tokens": len(example.prompt), "cut_tokens": example.n_cut, "prediction": said, "score": metrics["score"],
                              "metrics": metrics, "footprint": float(cache.footprint()), "peak": float(cache.peak()),
                              "seconds": time.perf_counter() - start}
-                append_row(config.out, done[key])
-            rows.append(done[key])
+                append_line(config.out, done[key])
+            keys.append(key)
     for name in names:
         if name.startswith("litsearch:"):
-            rows += run_search(config, name, model, tokenizer, done, who)
-    if not rows:
+            keys += run_search(config, name, model, tokenizer, done, who)
+    if not keys:
         raise ValueError("nothing to run: every task was skipped")
-    return rows
+    wait_for_all()
+    done = read_results(config.out) if size > 1 else done
+    return [done[key] for key in keys]
 
 
 def behind_host(example, tokenizer, host) -> Example:
@@ -2015,7 +2019,7 @@ def examples_of(config, name, length, policies, tokenizer):
 
 
 def run_search(config, name, model, tokenizer, done, who):
-    """Rows of a LitSearch task, one per query."""
+    """Run a LitSearch task's queries that are not done yet. Returns the keys of all."""
     data = litsearch_data(config.data)
     corpus = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
     chosen = random.Random(42).sample(range(len(data[2])), min(config.n, len(data[2])))
@@ -2023,18 +2027,13 @@ def run_search(config, name, model, tokenizer, done, who):
 
     def ask(prompt):
         return tokenizer.decode(generate(model, to_ids(tokenizer, prompt, "", config.chat), 60, stop_ids=tokenizer.eos_ids))
-    todo, start = [i for i in chosen if keys[i] not in done], time.perf_counter()
+    todo, start = dealt([i for i in chosen if keys[i] not in done]), time.perf_counter()
     for i, metrics in search(name.removeprefix("litsearch:"), model, tokenizer, data, todo, ask) if todo else ():
         done[keys[i]] = {"key": keys[i], "task": name, "length": 0, "policy": "full", "i": i, "score": metrics["recall@5"], "metrics": metrics,
                          "footprint": 1.0, "peak": 1.0, "seconds": time.perf_counter() - start}
-        append_row(config.out, done[keys[i]])
+        append_line(config.out, done[keys[i]])
         start = time.perf_counter()
-    return [done[keys[i]] for i in chosen]
-
-
-def append_row(path, row):
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps(row, allow_nan=False) + "\n")
+    return [keys[i] for i in chosen]
 
 
 def report(rows):
@@ -2111,6 +2110,7 @@ def main():
     if config.out == "" or os.path.exists(config.out) and not os.path.isfile(config.out):
         raise ValueError(f"--out {config.out!r} is not a file")
     check_device(config.device)
+    join_processes(config.device)
     model, tokenizer = load_model(config.model, config.device, DTYPES[config.dtype]), load_tokenizer(config.model)
     os.makedirs(os.path.dirname(os.path.abspath(config.out)), exist_ok=True)
     rows = evaluate(config, model, tokenizer, lambda line: print(line, file=sys.stderr))

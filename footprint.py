@@ -23,9 +23,9 @@ from fractions import Fraction
 import numpy as np
 from tqdm import tqdm
 
-from eval_tasks import TASKS, answer, build, fact_stream, score, tiny_model
+from eval_tasks import TASKS, answer, build, fact_stream, read_results, score, tiny_model
 from evict import make_cache, train_locret
-from model import DTYPES, check_device, flag, load_model, load_tokenizer, parse, run
+from model import DTYPES, append_line, check_device, flag, load_model, load_tokenizer, parse, run
 from prulong import load_heads
 
 # --- closed forms -----------------------------------------------------------------------------------------------------
@@ -238,18 +238,6 @@ def facts_scorer(model, seed):
     return train_locret(model, samples, hidden=64, lr=3e-3, seed=seed)[0]
 
 
-def read_results(path):
-    """Finished points of an earlier run; a last line cut short by a crash is dropped from the file."""
-    if not os.path.exists(path):
-        return []
-    with open(path, "rb") as f:
-        whole = f.read()
-    lines = whole[:whole.rfind(b"\n") + 1]
-    if len(lines) < len(whole):
-        os.truncate(path, len(lines))
-    return [json.loads(line) for line in lines.splitlines()]
-
-
 # --- what came out ------------------------------------------------------------------------------------------------------
 
 def table(results, threshold):
@@ -335,21 +323,19 @@ def main():
         print(f"left out: {', '.join(left_out)} (locret needs a scorer trained for the model, heads a --heads file)")
         config.curves = ",".join(c for c in wanted if c not in left_out)
     about = {"model": config.model or "tiny", "n": config.n, "seed": config.seed, "chunk": config.chunk, "dtype": config.dtype}
-    done = {json.dumps(r["key"], sort_keys=True): r for r in read_results(path)}
+    done = read_results(path)
     results, jobs = [], [(task, length, *point) for task in tasks for length in lengths for point in points(config, length, masks)]
     examples = {(task, length): build(task, config.n, length, config.seed, tokenizer) for task in tasks for length in lengths}
     for task, length, curve, knob, policy, settings, mask in tqdm(jobs, desc="points", unit="point", disable=None):
-        key = about | {"task": task, "length": length, "curve": curve, "knob": knob, "settings": settings,
-                       "mask": None if mask is None else "".join(str(int(x)) for x in mask.flatten())}
-        name = json.dumps(key, sort_keys=True)
-        if name not in done:
+        key = json.dumps(about | {"task": task, "length": length, "curve": curve, "knob": knob, "settings": settings,
+                       "mask": None if mask is None else "".join(str(int(x)) for x in mask.flatten())}, sort_keys=True)
+        if key not in done:
             start = time.perf_counter()
             value, held, peak = run_point(model, tokenizer, examples[task, length], policy, settings, mask, scorer, config.chunk, config.seed)
-            done[name] = {"key": key, "task": task, "length": length, "curve": curve, "score": value, "footprint": held, "peak": peak,
-                          "seconds": round(time.perf_counter() - start, 3)}
-            with open(path, "a", encoding="utf-8") as f:
-                f.write(json.dumps(done[name], allow_nan=False) + "\n")
-        results.append(done[name])
+            done[key] = {"key": key, "task": task, "length": length, "curve": curve, "score": value, "footprint": held, "peak": peak,
+                         "seconds": round(time.perf_counter() - start, 3)}
+            append_line(path, done[key])
+        results.append(done[key])
     text, found = table(results, config.threshold)
     print(f"\n{text}\n")
     for task, length in examples:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from model import DTYPES, Batch, Llama, LlamaConfig, causal, collate, flag, generate, load_model, load_tokenizer, parse, run, warmup_cosine
+from model import DTYPES, Batch, Llama, LlamaConfig, causal, collate, dealt, flag, generate, load_model, load_tokenizer, parse, run, summed, warmup_cosine
 
 KINDS = ("host", "full", "suffix", "hash", "topk", "topic")
 MODES = ("meco", "standard", "url", "mix")
@@ -144,7 +144,7 @@ class MeCo:
         with_metadata = s.mode == "url" or s.mode == "meco" and conditioned(step, steps, s.cooldown)
         return data.batch(rng, data.n_seq if with_metadata else 0)
 
-    def loss(self, model, batch, step, steps, rng):
+    def loss(self, model, batch, step, steps):
         if not (batch.targets != -100).any():  # metadata longer than a sequence: nothing to learn, and no 0 / 0
             return model.hidden(batch.tokens, causal(batch.cu_seqlens)).sum() * 0, {}
         return model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens), {}
@@ -206,7 +206,7 @@ def conditioned_losses(model, exams, first=16, autocast=contextlib.nullcontext):
     """Loss [nats / token] with no, the right and the wrong metadata, and the same of the `first` scored tokens of each document:
     {condition: (all, first)}. exams: of each document, {condition: (ids, mask of the tokens to score)}; the scored ones are the same."""
     sums = {name: np.zeros(4) for name in exams[0]}
-    for document in exams:
+    for document in dealt(exams):
         n_scored = min(int(mask.sum()) for _, mask in document.values())
         for name, (ids, mask) in document.items():
             at = mask.nonzero()[-n_scored:, 0].to(model.head.device)
@@ -215,7 +215,8 @@ def conditioned_losses(model, exams, first=16, autocast=contextlib.nullcontext):
                 logits = F.linear(model.hidden(ids)[at - 1], model.head)  # (n_scored, V)
             nll = F.cross_entropy(logits.float(), ids[at], reduction="none")
             sums[name] += [nll.sum().item(), len(nll), nll[:first].sum().item(), len(nll[:first])]
-    return {name: (total / n, total_first / n_first) for name, (total, n, total_first, n_first) in sums.items()}
+    totals = {name: summed(values.tolist()) for name, values in sums.items()}
+    return {name: (total / n, total_first / n_first) for name, (total, n, total_first, n_first) in totals.items()}
 
 
 # --- site tables: data on which metadata means something ----------------------------------------------------------------------
@@ -303,7 +304,7 @@ def train_sites(data, settings, steps, seed):
     for step in range(steps):
         batch = method.batch(data, np.random.default_rng([seed, step]), step, steps)
         optimizer.param_groups[0]["lr"] = 3e-3 * method.lr_scale(step, steps, 0.05, 0.1)
-        loss, _ = method.loss(model, batch, step, steps, None)
+        loss, _ = method.loss(model, batch, step, steps)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -7,6 +7,7 @@ heads need their cache are all just different `attend`s.
     python model.py --model DIR --prompt "Why is the sky blue?"       # DIR in the Hugging Face layout
 """
 import argparse
+import atexit
 import base64
 import binascii
 import contextlib
@@ -25,7 +26,7 @@ from fractions import Fraction
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 
 from attention_triton import attention, decode
@@ -290,12 +291,13 @@ class Trunk(nn.Module):
 
 
 class Llama(nn.Module):
-    """A Llama decoder on packed tokens. `checkpointing = True` recomputes each layer in the backward pass."""
+    """A Llama decoder on packed tokens. `checkpointing = True` recomputes each layer in the backward pass; with `sequence`, a
+    SequenceParallel, several processes share every document."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.config = config
-        self.checkpointing = False
+        self.checkpointing, self.sequence = False, None
         self.model = Trunk(config)
         self.lm_head = None if config.tie_embeddings else Linear(config.n_embd, config.vocab_size)
 
@@ -314,9 +316,12 @@ class Llama(nn.Module):
 
     def hidden(self, tokens, attend=None, positions=None, read=None):
         """States after the final norm, (N, n_embd). Arguments as in forward; read(layer, x) (N, n_embd), if given, is added to the
-        states x between a layer's attention and its MLP."""
+        states x between a layer's attention and its MLP. With `sequence` the states are those of this process's stretch."""
         attend = attend or causal([0, tokens.numel()])
         positions = torch.arange(tokens.numel(), device=tokens.device) if positions is None else positions
+        if self.sequence is not None:
+            mine = self.sequence.stretch(len(tokens))
+            attend, tokens, positions = self.sequence.attend(attend, len(tokens)), tokens[mine], positions[mine]
         return self.model(self.config, tokens, attend, positions, read, self.checkpointing)
 
     def forward(self, tokens, attend=None, positions=None):
@@ -331,11 +336,17 @@ class Llama(nn.Module):
         """Mean cross-entropy [nats / target] over targets != -100; full logits never exist.
 
         tokens, targets (N,); cu_seqlens (n_doc + 1,): attention stays inside each document (without it: one document;
-        an own `attend` sees to that itself); weights (N,) make the mean a weighted one.
+        an own `attend` sees to that itself); weights (N,) make the mean a weighted one. With `sequence` every process gets its
+        stretch's part of the sum, times their number: the mean over the processes is the loss.
         Raises ValueError if nothing is left to predict."""
         if attend is None and cu_seqlens is not None:
             attend = causal(cu_seqlens)
-        return cross_entropy(self.hidden(tokens, attend), self.head, targets, weights)
+        hidden = self.hidden(tokens, attend)
+        if self.sequence is None:
+            return cross_entropy(hidden, self.head, targets, weights)
+        mine, weights = self.sequence.stretch(len(tokens)), torch.ones_like(targets, dtype=torch.float32) if weights is None else weights
+        total = weights[targets != -100].sum() / self.sequence.size
+        return cross_entropy(hidden, self.head, targets[mine], weights[mine], total)
 
 
 def check_tokens(tokens, vocab_size):
@@ -350,17 +361,19 @@ def causal(cu_seqlens):
     return lambda layer, q, k, v: attention(q, k, v, cu_seqlens, cu_seqlens)
 
 
-def cross_entropy(hidden, head, targets, weights=None):
-    """Mean cross-entropy [nats] of hidden (N, n_embd) through head (V, n_embd), over targets (N,) != -100."""
+def cross_entropy(hidden, head, targets, weights=None, total=None):
+    """Mean cross-entropy [nats] of hidden (N, n_embd) through head (V, n_embd), over targets (N,) != -100. total: what the weighted
+    sum is divided by, the sum of the weights by default."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     weights = torch.ones_like(targets, dtype=wide) if weights is None else weights.to(wide)
     rows = targets != -100
     check_tokens(targets[rows], len(head))
     if not rows.all():
         hidden, targets, weights = hidden[rows], targets[rows], weights[rows]
-    if not weights.sum() > 0:
+    total = weights.sum() if total is None else total
+    if not total > 0:
         raise ValueError("no target to predict: all are -100 or weigh nothing")
-    return CrossEntropy.apply(hidden, head, targets, weights / weights.sum())
+    return CrossEntropy.apply(hidden, head, targets, weights / total)
 
 
 class Batch(typing.NamedTuple):
@@ -370,6 +383,19 @@ class Batch(typing.NamedTuple):
     targets: torch.Tensor
     cu_seqlens: torch.Tensor
     weights: torch.Tensor | None = None
+
+    def documents(self, first, last):
+        """Its documents first .. last - 1."""
+        rows = slice(int(self.cu_seqlens[first]), int(self.cu_seqlens[last]))
+        cu_seqlens = self.cu_seqlens[first:last + 1] - self.cu_seqlens[first]
+        return Batch(self.tokens[rows], self.targets[rows], cu_seqlens, None if self.weights is None else self.weights[rows])
+
+
+def divide(batch, n) -> list:
+    """A batch in n parts of about equally many tokens, whole documents each; None for a part without any."""
+    cu = (batch.cu_seqlens + getattr(batch, "cu_context", 0)).double()
+    cuts = [int((cu - cu[-1] * i / n).abs().argmin()) for i in range(n)] + [len(cu) - 1]
+    return [batch.documents(a, b) if b > a else None for a, b in zip(cuts, cuts[1:])]
 
 
 def collate(docs, targets=None) -> Batch:
@@ -423,6 +449,108 @@ def warmup_cosine(step, steps, warmup, floor) -> float:
     if step < first:
         return (step + 1) / first
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - first) / max(1, steps - first)))
+
+
+# --- several processes: torchrun starts them, torch.distributed connects them ------------------------------------------
+
+def processes():
+    """The number of this process, and how many there are: (0, 1) without torchrun."""
+    together = distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
+
+
+def join_processes(device):
+    """Connect the processes that torchrun started, if it did; all but the first one's output goes nowhere."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or distributed.is_initialized():
+        return
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    atexit.register(distributed.destroy_process_group)
+    if processes()[0]:
+        sys.stdout = open(os.devnull, "w")
+
+
+def wait_for_all():
+    if processes()[1] > 1:
+        distributed.barrier()
+
+
+def first_alone(work):
+    """work(), by the first process before all others: what it leaves on disk they find."""
+    if processes()[0]:
+        wait_for_all()
+    result = work()
+    if not processes()[0]:
+        wait_for_all()
+    return result
+
+
+def dealt(items) -> list:
+    """Those of a list that this process is to do."""
+    rank, size = processes()
+    return items[rank::size]
+
+
+def summed(values) -> list:
+    """Sums of numbers over all processes."""
+    total = torch.tensor(values, dtype=torch.float64)
+    if processes()[1] > 1:
+        distributed.all_reduce(total)
+    return total.tolist()
+
+
+class SequenceParallel:
+    """`size` processes share every document: each holds a stretch of the tokens and, in attention, sees all of them with a share of
+    the heads. Two exchanges (all-to-all) a layer, of q, k, v and of the outputs.
+
+    Source: DeepSpeed Ulysses, arXiv:2309.14509. Raises ValueError if the KV heads do not divide among the processes."""
+
+    def __init__(self, group, config: LlamaConfig):
+        self.group, self.rank, self.size = group, distributed.get_rank(group), distributed.get_world_size(group)
+        if config.n_kv_head % self.size:
+            raise ValueError(f"{config.n_kv_head} KV heads do not divide among {self.size} processes")
+
+    def lengths(self, n):
+        """How many of n tokens each process holds."""
+        return [n * (i + 1) // self.size - n * i // self.size for i in range(self.size)]
+
+    def stretch(self, n):
+        """The slice of n tokens that this process holds."""
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def heads(self, per_head):
+        """The part for this process's heads of something (..., n_kv_head)."""
+        return per_head.chunk(self.size, -1)[self.rank]
+
+    def attend(self, attend, n):
+        """`attend` over all n tokens of what comes and goes in stretches."""
+        lengths = self.lengths(n)
+        own = [lengths[self.rank]] * self.size
+
+        def all_tokens(x):  # (n_own, H, D) -> (n, H / size, D)
+            by_head = x.unflatten(1, (self.size, -1)).transpose(0, 1).flatten(0, 1)  # (size * n_own, H / size, D)
+            return Exchange.apply(by_head, own, lengths, self.group)
+
+        def all_heads(x):  # (n, H / size, D) -> (n_own, H, D)
+            by_head = Exchange.apply(x, lengths, own, self.group).unflatten(0, (self.size, -1))
+            return by_head.transpose(0, 1).flatten(1, 2)
+        return lambda layer, q, k, v: all_heads(attend(layer, *map(all_tokens, (q, k, v))))
+
+
+class Exchange(torch.autograd.Function):
+    """Send sizes_out[i] rows to process i and get sizes_in[i] from it; gradients go the way back."""
+
+    @staticmethod
+    def forward(ctx, x, sizes_out, sizes_in, group):
+        ctx.sizes_out, ctx.sizes_in, ctx.group = sizes_out, sizes_in, group
+        out = x.new_empty(sum(sizes_in), *x.shape[1:])
+        distributed.all_to_all_single(out, x.contiguous(), sizes_in, sizes_out, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Exchange.apply(grad, ctx.sizes_in, ctx.sizes_out, ctx.group), None, None, None
 
 
 # --- KV cache -------------------------------------------------------------------------------------------------------
@@ -744,6 +872,19 @@ def write_json(path, value):
         with open(part, "w", encoding="utf-8") as f:
             json.dump(value, f, indent=2, allow_nan=False)
             f.write("\n")
+
+
+def append_line(path, value):
+    """Add a line of strict JSON to a file, whole or not at all; several processes may do so at once."""
+    line = (json.dumps(value, allow_nan=False) + "\n").encode()
+    with open(path, "ab", buffering=0) as f:
+        size = os.fstat(f.fileno()).st_size
+        try:
+            if f.write(line) != len(line):
+                raise OSError(f"no room for the next line of {path}")
+        except OSError:
+            f.truncate(size)
+            raise
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ arXiv:2410.10819.
 """
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -134,6 +135,11 @@ def gated(z, cu_seqlens, sink, window, full=None):
     return attend
 
 
+def own_heads(model, per_head):
+    """Of something (..., n_kv_head) what this process attends with: all, if no others share the sequence."""
+    return per_head if model.sequence is None else model.sequence.heads(per_head)
+
+
 def split(mask, cu_seqlens, sink, window):
     """`attend` of a learned mask (n_layer, n_kv_head), True = full: each head runs once, in its own mode."""
     windows, cu_seqlens = torch.where(mask.cpu(), 0, window), torch.as_tensor(cu_seqlens).tolist()
@@ -141,6 +147,19 @@ def split(mask, cu_seqlens, sink, window):
 
 
 # --- the methods: what train.py asks of them: param_groups, lr_scale, batch, loss, scores, mask -------------------------
+
+class Noisy(NamedTuple):
+    """A Batch with the noise that its gates are drawn from: u (n_layer, n_kv_head), or (n_doc, n_layer, n_kv_head) by document."""
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    cu_seqlens: torch.Tensor
+    weights: torch.Tensor | None
+    u: torch.Tensor
+
+    def documents(self, first, last):
+        """Its documents first .. last - 1."""
+        return Noisy(*Batch.documents(self, first, last), self.u if self.u.dim() == 2 else self.u[first:last])
+
 
 class PruLong(nn.Module):
     """Language modelling under gates. Holds the gates; `model`'s weights stay where they are, frozen unless trained."""
@@ -166,19 +185,20 @@ class PruLong(nn.Module):
         return warmup_cosine(step, steps, warmup, min_lr)
 
     def batch(self, data, rng, step, steps):
-        return data.batch(rng)._replace(weights=None)  # weights are for base models: every target counts here
+        return self.with_noise(data.batch(rng)._replace(weights=None), rng)  # weights are for base models: every target counts here
 
-    def loss(self, model, batch: Batch, step, steps, rng):
+    def with_noise(self, batch: Batch, rng) -> Noisy:
+        shape = (len(batch.cu_seqlens) - 1,) * self.config.per_document + tuple(self.gates.log_alpha.shape)
+        return Noisy(*batch, torch.from_numpy(rng.uniform(1e-6, 1 - 1e-6, shape)).float())
+
+    def loss(self, model, batch: Noisy, step, steps):
         """LM loss + the Lagrangian's penalty."""
         c, log_alpha = self.config, self.gates.log_alpha
         if c.train == "weights":
-            attend = split(log_alpha > 0, batch.cu_seqlens, c.sink, c.window)
+            attend = split(own_heads(model, log_alpha) > 0, batch.cu_seqlens, c.sink, c.window)
             return model.loss(batch.tokens, batch.targets, attend), {}
-        n_doc = len(batch.cu_seqlens) - 1
-        u = rng.uniform(1e-6, 1 - 1e-6, (n_doc,) * c.per_document + tuple(log_alpha.shape))
-        # float32, drawn once a step and outside any checkpointed layer: recomputation must see the same gates
-        z = draw_gates(log_alpha, torch.from_numpy(u).float().to(log_alpha.device))
-        lm = model.loss(batch.tokens, batch.targets, gated(z, batch.cu_seqlens, c.sink, c.window))
+        z = draw_gates(log_alpha, batch.u)  # float32 and outside any checkpointed layer: recomputation must see the same gates
+        lm = model.loss(batch.tokens, batch.targets, gated(own_heads(model, z), batch.cu_seqlens, c.sink, c.window))
         sparsity = 1 - (z if c.sampled_sparsity else probability_open(log_alpha)).mean()
         target = target_at(step, steps, c)
         l1, l2 = self.gates.multipliers.tolist()
@@ -214,7 +234,7 @@ class Duo(nn.Module):
     def batch(self, data, rng, step, steps):
         return data.passkeys(rng, self.config.needles, self.config.words)
 
-    def loss(self, model, batch: Batch, step, steps, rng):
+    def loss(self, model, batch: Batch, step, steps):
         """Mean squared difference of the last states, with and without gates, where a target is predicted + reg * mean |a|.
         (The released code takes the states at the target tokens themselves, one further on.)"""
         c, full = self.config, causal(batch.cu_seqlens)
@@ -227,9 +247,12 @@ class Duo(nn.Module):
                 return out
             want = model.hidden(batch.tokens, teacher if c.teacher_branch else full)
         branch = (lambda layer, q, k, v: seen[layer]) if c.teacher_branch else full
-        got = model.hidden(batch.tokens, gated(self.a, batch.cu_seqlens, c.sink, c.window, branch))
-        rows = batch.targets != -100
-        distance = (want[rows].float() - got[rows].float()).pow(2).mean()
+        got = model.hidden(batch.tokens, gated(own_heads(model, self.a), batch.cu_seqlens, c.sink, c.window, branch))
+        rows, parts = batch.targets != -100, 1
+        total = rows.sum() * want.shape[1]
+        if model.sequence is not None:  # as in Llama.loss: the mean over the processes is the distance
+            rows, parts = rows[model.sequence.stretch(len(rows))], model.sequence.size
+        distance = (want[rows].float() - got[rows].float()).pow(2).sum() * parts / total
         return distance + c.reg * self.a.abs().mean(), {"distance": distance.item(), "open": self.a.mean().item()}
 
     def scores(self):

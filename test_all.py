@@ -1,6 +1,6 @@
 """Every technique against its slow, obvious version.   python -m pytest -q test_all.py
 
-Tests that want a real pretrained Llama read its folder from LLAMA_DIR and are skipped without it.
+Tests that want a real pretrained Llama read its folder from LLAMA_DIR and are skipped without it; those marked slow want SLOW=1.
 """
 import ast
 import base64
@@ -12,10 +12,13 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
+import runpy
 import shutil
+import socket
 import signal
 import subprocess
 import sys
@@ -41,6 +44,10 @@ import train
 import vlorp
 from attention_triton import attention, key_blocks, query_blocks
 from model import Batch, KVCache, Llama, LlamaConfig, cross_entropy, generate, load_model, load_tokenizer, rope_frequencies, save_model
+
+
+SLOW = "SLOW" in os.environ
+slow = pytest.mark.skipif(not SLOW, reason="takes minutes: SLOW=1 python -m pytest test_all.py")
 
 
 def close(a, b, tol):
@@ -955,10 +962,10 @@ def test_duo_loss():
         for window, only_price in ((19, True), (5, False)):
             duo = prulong.Duo(model, prulong.DuoConfig(sink=1, window=window, teacher_branch=teacher_branch), 0)
             duo.a.data += 0.3
-            loss, metrics = duo.loss(model, batch, 0, 1, None)
+            loss, metrics = duo.loss(model, batch, 0, 1)
             assert metrics["distance"] == 0 and abs(loss.item() - 0.05) < 1e-7 and duo.a.max() == 1
             duo.a.data -= 0.25
-            grad, = torch.autograd.grad(duo.loss(model, batch, 0, 1, None)[0], duo.a)
+            grad, = torch.autograd.grad(duo.loss(model, batch, 0, 1)[0], duo.a)
             assert torch.allclose(grad, torch.full((3, 2), 0.05 / 6), atol=1e-9) == only_price
 
 
@@ -983,7 +990,7 @@ def test_weights_learn_under_frozen_masks(tmp_path):
     model = small()
     method = prulong.PruLong(model, prulong.Config(train="weights", heads=str(tmp_path / "heads.tsv"), sink=1, window=4), 0)
     batch = train.collate([torch.arange(20)])
-    loss, _ = method.loss(model, batch, 0, 1, np.random.default_rng(0))
+    loss, _ = method.loss(model, batch, 0, 1)
     close(loss, model.loss(batch.tokens, batch.targets, prulong.split(torch.eye(3, 2) > 0, batch.cu_seqlens, 1, 4)), 1e-12)
     loss.backward()
     assert method.gates.log_alpha.grad is None and not method.param_groups() and model.model.norm.weight.grad is not None
@@ -1110,7 +1117,8 @@ def test_gate_gradients_by_finite_differences():
             method.gates.double()
             with torch.no_grad():
                 method.gates.multipliers.copy_(torch.tensor([0.7, 1.3]))
-            value = lambda: method.loss(model, batch, 3, 10, np.random.default_rng(5))[0]
+            noisy = method.with_noise(batch, np.random.default_rng(5))
+            value = lambda: method.loss(model, noisy, 3, 10)[0]
             grad, = torch.autograd.grad(value(), method.gates.log_alpha)
             for i in range(6):
                 ends = []
@@ -1149,8 +1157,38 @@ DEFAULTS = dict(warmup=0.1, min_lr=0.1, weight_decay=0.1)
 ARGS = ["--method", "lm", "--data", "facts", "--seq_len", "64", "--batch", "2", "--save_every", "3", "--eval_seqs", "1"]
 
 
-def script(*args, **kwargs):
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=kwargs.pop("cwd", None), timeout=120, **kwargs)
+server = multiprocessing.get_context("forkserver")  # has imported all there is and forks a script from there, in no time
+server.set_forkserver_preload(["test_all"])
+
+
+def run_script(args, cwd, env):
+    """What `python ARGS` does, in a process of its own; its output goes to files of the folder."""
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(os.path.join(cwd, f"{name}{env.get('RANK', '')}.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    os.chdir(cwd)
+    os.environ.update(env)
+    sys.argv = [str(arg) for arg in args]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def start(*args, cwd, **env):
+    child = server.Process(target=run_script, args=(args, str(cwd), env))
+    child.start()
+    return child
+
+
+def ended(child, cwd, timeout=120):
+    """What a script that `start` started came to."""
+    child.join(timeout)
+    if child.exitcode is None:
+        child.kill()
+        raise TimeoutError(open(os.path.join(cwd, "stderr.txt")).read()[-3000:])
+    texts = [open(os.path.join(cwd, name), encoding="utf-8").read() for name in ("stdout.txt", "stderr.txt")]
+    return subprocess.CompletedProcess(child, child.exitcode, *texts)
+
+
+def script(*args, cwd):
+    return ended(start(*args, cwd=cwd), cwd)
 
 
 @pytest.mark.parametrize("method", ["lm", "prulong", "vlorp", "stages", "cepe"])
@@ -1168,12 +1206,12 @@ def test_killed_run_resumes_in_the_same_bits(tmp_path, method):
         args += ["--train", "masks+weights", "--model", str(tmp_path / "tiny"), "--lr", "1e-3"]
     whole = script(code, *args, "--out_dir", "whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
-    child = subprocess.Popen([sys.executable, code, *args, "--out_dir", "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = start(code, *args, "--out_dir", "killed", cwd=tmp_path)
     log = tmp_path / "killed" / "log.jsonl"
-    while child.poll() is None and not (log.exists() and '"step": 4' in log.read_text()):
+    while child.is_alive() and not (log.exists() and '"step": 4' in log.read_text()):
         time.sleep(0.005)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.kill()
+    child.join()
     lines = [json.loads(x) for x in log.read_text().splitlines() if x.endswith("}")]
     assert not any(x["event"] == "end" for x in lines), "killed too late to show anything"
     other = script(code, *args, "--out_dir", "killed", "--resume", "--lr", "5e-3", cwd=tmp_path)
@@ -1190,6 +1228,131 @@ def test_killed_run_resumes_in_the_same_bits(tmp_path, method):
     saved, expected = ((cepe.load_cepe if method == "cepe" else load_model)(tmp_path / name) for name in ("killed", "whole"))
     assert all(torch.equal(p, q) and torch.equal(p, a.get(f"model.{name}", p)) for (name, p), q in zip(saved.named_parameters(), expected.parameters()))
     assert saved.config == expected.config
+
+
+# --- several processes ----------------------------------------------------------------------------------------------------
+
+TOGETHER = {
+    "lm": "--method lm --data facts --seq_len 64 --batch 4 --grad_accum 2",
+    "sft": "--method sft --model chat --data chats.jsonl --seq_len 200 --grad_accum 4 --lr 1e-3",
+    "prulong": "--method prulong --train masks+weights --model tiny --data facts --seq_len 64 --batch 4 --lr 1e-3 --window 16 --n_random 1",
+    "duo": "--method duo --model tiny --data facts --seq_len 64 --batch 4 --window 16 --needles 3 --n_random 1",
+    "meco": "--method meco --batch 4",
+    "cepe": "--method cepe --decoder_steps 2 --batch 4 --lr 1e-3 --mlm 0.3 --duplicate 0.3 --mask_chunks 0.5",
+    "ceped": "--method ceped --decoder_steps 2 --batch 3 --lr 1e-3",
+    "vlorp": "--method vlorp --data facts --seq_len 64 --batch 4 --granularity 4"}
+SIZES = {name: (1, 2, 4) if SLOW or name in ("lm", "prulong", "cepe") else (1, 2) for name in TOGETHER}  # four take a while on two cores
+
+
+def train_together(rank, size, port, cwd, resume):
+    """All runs of TOGETHER in one of `size` processes; then lm again, which gets Ctrl-C in its tenth step, and the rest of what another
+    number of processes left so."""
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    if size > 1:
+        os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sequence = lambda name: ["--seq_parallel", "2"] if size == 4 and "cepe" not in name else []
+    go = lambda name, out, *more: train.main([*TOGETHER[name].split(), "--steps", "20", "--eval_seqs", "2", "--out_dir", out, *sequence(name), *more])
+    for name in TOGETHER:
+        if size in SIZES[name] and not resume:
+            go(name, f"{name}-{size}")
+    if resume:
+        go("lm", f"half-{resume}", "--resume")
+        return
+    batch, sent = train.LM.batch, []
+    def interrupting(self, data, rng, step, steps):
+        if step == 9 and rank == 0 and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+        return batch(self, data, rng, step, steps)
+    train.LM.batch = interrupting
+    try:
+        go("lm", f"half-{size}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def launch(target, size, *args):
+    """Exit codes of `size` processes that find each other, running target(rank, size, port, *args)."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    children = [server.Process(target=target, args=(rank, size, port, *args)) for rank in range(size)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(300)
+        child.kill()
+    return [child.exitcode for child in children]
+
+
+@pytest.fixture(scope="module")
+def trained_together(tmp_path_factory):
+    """The folder where 1, 2 and 4 processes (these by twos along the sequence) have trained each method."""
+    path = tmp_path_factory.mktemp("together")
+    save_model(Llama(eval_tasks.TINY).init_weights(0), path / "tiny")
+    save_model(Llama(dataclasses.replace(eval_tasks.TINY, vocab_size=400)).init_weights(0), path / "chat")
+    made_tokenizer(path / "chat")
+    (path / "chats.jsonl").write_text("\n".join(json.dumps({"question": f"{i} + 1 = ?", "answer": f"#### {i + 1}"}) for i in range(12)))
+    for size in (1, 2, 4):
+        assert launch(train_together, size, str(path), 0) == [130] * size
+    return path
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_several_processes_train_as_one(trained_together, name):
+    """The same losses within 1e-5 over 20 steps, the same checkpoint and folder; CEPE's three phases, gates along the sequence."""
+    losses, tensors, files = [], [], []
+    for size in SIZES[name]:
+        out = trained_together / f"{name}-{size}"
+        losses.append([row["loss"] for row in map(json.loads, open(out / "log.jsonl")) if row["event"] == "step"])
+        tensors.append(train.read_tensor_file(out / "checkpoint.safetensors"))
+        files.append(sorted(os.listdir(out)))
+    assert len(losses[0]) == 20 and losses[0][0] != losses[0][-1]
+    for i in range(1, len(losses)):
+        assert losses[i] == pytest.approx(losses[0], abs=1e-5)
+        assert files[i] == files[0] and {k: (v.shape, v.dtype) for k, v in tensors[i].items()} == {k: (v.shape, v.dtype) for k, v in tensors[0].items()}
+        for key, tensor in tensors[0].items():
+            if not key.startswith("optimizer"):  # Adam makes of the last bit of a gradient near 0 a step of either sign
+                assert (tensors[i][key] - tensor).abs().mean() <= 1e-5 * max(1, tensor.abs().mean()), key
+    if "model.safetensors" in files[0]:
+        whole = [train.read_tensor_file(trained_together / f"{name}-{size}" / "model.safetensors") for size in (1, SIZES[name][-1])]
+        assert whole[0].keys() == whole[1].keys() and all(torch.allclose(whole[0][k], whole[1][k], atol=1e-3) for k in whole[0])
+
+
+def test_a_run_goes_on_with_another_number_of_processes(trained_together):
+    """Ctrl-C after ten steps saved; one process goes on from four, two from one, four from two, with the losses of a whole run."""
+    for size, before in ((1, 4), (2, 1), (4, 2)):
+        log = trained_together / f"half-{before}" / "log.jsonl"
+        assert [row["step"] for row in map(json.loads, open(log)) if row["event"] == "step"] == list(range(10))
+        assert launch(train_together, size, str(trained_together), before) == [0] * size
+        losses = [[row["loss"] for row in map(json.loads, open(path)) if row["event"] == "step"] for path in (log, trained_together / "lm-1" / "log.jsonl")]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_torchrun_prints_once_and_refuses_what_does_not_divide(tmp_path):
+    code = os.path.abspath(train.__file__)
+    run = lambda *args: subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", code, *ARGS, "--steps", "2", *args],
+                                       cwd=tmp_path, text=True, capture_output=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = run("--out_dir", "a")
+    assert done.returncode == 0 and done.stdout.count('"method": "lm"') == 1, done.stderr[-2000:]
+    assert "--seq_parallel 3 does not divide 2 processes" in run("--out_dir", "b", "--seq_parallel", "3").stderr
+
+
+def test_batches_are_divided_by_whole_documents():
+    rng = np.random.default_rng(0)
+    for trial in range(200):
+        docs = [torch.from_numpy(rng.integers(9, size=rng.integers(1, 30))) for _ in range(rng.integers(1, 9))]
+        n, batch = int(rng.integers(1, 6)), train.collate(docs)
+        parts = model_file.divide(batch, n)
+        assert len(parts) == n and any(part is not None for part in parts)
+        kept = [part for part in parts if part is not None]
+        assert torch.equal(torch.cat([part.tokens for part in kept]), batch.tokens) and torch.equal(torch.cat([part.targets for part in kept]), batch.targets)
+        assert torch.equal(torch.cat([part.cu_seqlens.diff() for part in kept]), batch.cu_seqlens.diff()) and all(part.cu_seqlens[0] == 0 for part in kept)
+        pairs = [(doc.numpy(), doc.numpy()[:3]) for doc in docs]
+        example = cepe.example(pairs, 4)
+        kept = [part for part in model_file.divide(example, n) if part is not None]
+        assert torch.equal(torch.cat([part.context for part in kept]), example.context) and torch.equal(torch.cat([part.cu_chunks.diff() for part in kept]), example.cu_chunks.diff())
+        assert torch.equal(torch.cat([part.cu_context.diff() for part in kept]), example.cu_context.diff())
 
 
 def test_conversations_train_the_assistants_words_only(tmp_path, monkeypatch, capsys):
@@ -1269,9 +1432,9 @@ def test_stages_grow_the_context(tmp_path, monkeypatch, capsys):
     seen = []
 
     class Watch(train.LM):
-        def loss(self, model, batch, step, total, rng):
+        def loss(self, model, batch, step, total):
             seen.append(int(batch.cu_seqlens.diff().square().sum()))
-            return super().loss(model, batch, step, total, rng)
+            return super().loss(model, batch, step, total)
     model = Llama(dataclasses.replace(eval_tasks.TINY, vocab_size=100)).init_weights(0)
     config = train.fill_defaults(train.Config(method="lm", steps=3, grad_accum=4, out_dir="b"), None)
     os.makedirs("b")
@@ -1335,7 +1498,7 @@ def test_bfloat16_products():
             rough = model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens)
     assert rough.dtype == torch.float32 and 0 < abs(rough - exact) < 0.02
     method = prulong.PruLong(model.bfloat16(), prulong.Config(), 0)
-    method.loss(model, batch, 0, 10, np.random.default_rng(0))[0].backward()
+    method.loss(model, method.with_noise(batch, np.random.default_rng(0)), 0, 10)[0].backward()
     assert method.gates.log_alpha.grad.dtype == torch.float32 and method.gates.log_alpha.grad.abs().sum() > 0
     assert train.choose_dtype(train.Config(dtype="auto"), eval_tasks.TINY)[0] == "float32"
 
@@ -1374,8 +1537,8 @@ def test_bad_command_lines_end_in_one_line_and_exit_2(tmp_path, monkeypatch, cap
 def test_scripts_answer_help_and_end_broken_input_in_exit_2(tmp_path):
     here = os.path.dirname(os.path.abspath(train.__file__))
     for name in ("train.py", "model.py", "eval_tasks.py"):
-        assert "--" in script(os.path.join(here, name), "--help").stdout
-    broken = script(os.path.join(here, "model.py"), "--model", str(tmp_path), "--prompt", "x")
+        assert "--" in script(os.path.join(here, name), "--help", cwd=tmp_path).stdout
+    broken = script(os.path.join(here, "model.py"), "--model", str(tmp_path), "--prompt", "x", cwd=tmp_path)
     assert broken.returncode == 2 and broken.stderr.count("\n") == 1 and "config.json" in broken.stderr
 
 
@@ -2504,7 +2667,7 @@ def test_cepe_phases_and_documents():
     distil = cepe.Expand(model, cepe.Config(context=32, chunk_size=8, mlm=0.0, duplicate=0.0), 0, distil=True)
     teacher = distil.teacher(model, main)
     close(teacher[8:16], model_file.Llama.hidden(model, torch.cat((main.context[32:64], main.tokens[8:16])))[32:], 1e-5)
-    loss, shown = distil.loss(model, main, 0, 1, None)
+    loss, shown = distil.loss(model, main, 0, 1)
     assert loss.item() == pytest.approx(shown["ce"] + 2 * shown["kl"], rel=1e-5)
     documents = data.documents(np.random.default_rng(2), 32, 40)
     best = data.best(documents, (0, 1, 4), 8)
@@ -2590,7 +2753,7 @@ def test_meco_packs_whole_rows_and_leaks_nothing():
     for a, b in itertools.pairwise(batch.cu_seqlens.tolist()):
         close(logits[a:b], model(batch.tokens[a:b]), 1e-6)
     empty = meco.as_batch([[meco.join([0], [1] * 30, [3], [])]])._replace(targets=torch.full((32,), -100))
-    loss, _ = meco.MeCo(model, meco.Config(), 0).loss(model, empty, 0, 1, None)
+    loss, _ = meco.MeCo(model, meco.Config(), 0).loss(model, empty, 0, 1)
     loss.backward()
     assert loss.item() == 0 and all(p.grad is None or not p.grad.any() for p in model.parameters())
 

@@ -7,6 +7,7 @@
     python train.py --method vlorp --model DIR --data SRC --rank 1 --granularity 64
     python train.py --method cepe --model DIR --data SRC --context 2048 --seq_len 4096      # or ceped; without both, the entity stream
     python train.py --method meco --model DIR --data FILE.jsonl  # lines {"text", "url"}; without --model and --data, site tables
+    torchrun --nproc_per_node 8 train.py ...                     # the same run, by several processes; --seq_parallel 8 for long documents
 
 A method is a class with param_groups, lr_scale, batch and loss, those that learn heads also with scores and mask (see LM here
 and PruLong in prulong.py); METHODS names them. Batch t is a pure
@@ -14,6 +15,7 @@ function of (seed, t), and a checkpoint holds all there is to a run: after --res
 
 Source of the recipe (packing, label rule, blockwise loss, token averaging): ProLong, arXiv:2410.02660.
 """
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -22,6 +24,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import sysconfig
 import time
@@ -30,7 +33,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 import cepe
@@ -38,8 +42,9 @@ import meco
 import prulong
 import vlorp
 from eval_tasks import CURRICULUM, TINY, fact_stream, final_answer, recall, tiny_model, tiny_start, word_problem
-from model import (DTYPES, Batch, Llama, byte_tokenizer, causal, check_device, collate, flag, footprint, generate, load_config, load_model, load_tokenizer, parse, peak_memory,
-                   read_json, replacing, run, save_model, warmup_cosine, write_tensors)
+from model import (DTYPES, Batch, Llama, SequenceParallel, append_line, byte_tokenizer, causal, check_device, collate, dealt, divide, first_alone, flag, footprint, generate,
+                   join_processes, load_config, load_model, load_tokenizer, parse, peak_memory, processes, read_json, replacing, run, save_model,
+                   summed, wait_for_all, warmup_cosine, write_tensors)
 
 
 @dataclass
@@ -68,6 +73,8 @@ class Config:
     baseline: bool | None = flag(None, "prulong: train DuoAttention too and compare (default: on the embedded stream)")
     device: str = flag("cpu", "torch device")
     dtype: str = flag("auto", "of the products; auto: bfloat16 where it is measured to be faster", choices=("auto", *DTYPES))
+    seq_parallel: int = flag(1, "processes that share every sequence (torchrun; divides their number and the KV heads; not for cepe)", low=1)
+    deterministic: bool = flag(False, "the same bits again on a GPU too; torch refuses operations that cannot")
     checkpointing: bool | None = flag(None, "recompute layers in the backward pass (default: from 8192 tokens on)")
     resume: bool = flag(False, "go on from the checkpoint in --out_dir")
     overwrite: bool = flag(False, "empty --out_dir first")
@@ -88,7 +95,7 @@ class LM:
     def batch(self, data, rng, step, steps):
         return data.batch(rng)
 
-    def loss(self, model, batch, step, steps, rng):
+    def loss(self, model, batch, step, steps):
         return model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, weights=batch.weights), {}
 
 
@@ -382,25 +389,18 @@ class Diverged(RuntimeError):
 
 
 class Log:
-    """log.jsonl: one strict JSON object per line; a line is written whole or not at all."""
+    """log.jsonl: a JSON object per event. The first process writes."""
 
     def __init__(self, path):
         self.path = path
 
     def write(self, event, **values):
-        line = (json.dumps({"event": event, **values}, allow_nan=False) + "\n").encode()
-        with open(self.path, "ab", buffering=0) as f:
-            size = os.fstat(f.fileno()).st_size
-            try:
-                if f.write(line) != len(line):
-                    raise OSError(f"no room for the next line of {self.path}")
-            except OSError:
-                f.truncate(size)
-                raise
+        if processes()[0] == 0:
+            append_line(self.path, {"event": event, **values})
 
     def forget(self, step):
         """Drop the steps from `step` on, which come again after --resume, and a line that a crash cut short."""
-        if not os.path.exists(self.path):
+        if processes()[0] or not os.path.exists(self.path):
             return
         with open(self.path, "rb") as f:
             whole = [line for line in f if line.endswith(b"\n")]
@@ -416,11 +416,18 @@ def learned(model, method):
 
 
 def save_checkpoint(path, model, method, optimizer, about):
-    """One safetensors file: learned tensors, optimizer state ("optimizer.INDEX.KEY"), and `about` as JSON in its header."""
-    state = optimizer.state_dict()["state"]
-    tensors = {name: p.detach() for name, p in learned(model, method).items()}
-    tensors |= {f"optimizer.{i}.{key}": torch.as_tensor(value) for i, values in state.items() for key, value in values.items()}
-    write_tensors(path, tensors, {"about": json.dumps(about)})
+    """One safetensors file: learned tensors, optimizer state ("optimizer.INDEX.KEY"), and `about` as JSON in its header. The same
+    whatever the number of processes: all gather, the first writes."""
+    state, first = optimizer.state_dict()["state"], processes()[0] == 0
+    parts = {name: p.detach() for name, p in learned(model, method).items()}
+    parts |= {f"optimizer.{i}.{key}": torch.as_tensor(value) for i, values in state.items() for key, value in values.items()}
+    tensors = {}
+    for name, part in parts.items():
+        tensor = whole(part)
+        if first:
+            tensors[name] = tensor.cpu() if isinstance(part, DTensor) else tensor
+    if first:
+        write_tensors(path, tensors, {"about": json.dumps(about)})
 
 
 def load_checkpoint(path, model, method, optimizer):
@@ -436,8 +443,9 @@ def load_checkpoint(path, model, method, optimizer):
         raise ValueError(f"{path}: {odd[0]} is missing, unexpected or of another shape")
     with torch.no_grad():
         for name, p in own.items():
-            p.copy_(tensors[name])
-    state = {i: {key: tensors[f"optimizer.{i}.{key}"] for key in keys} for i, keys in likes.items()}
+            p.copy_(as_part(tensors[name], p))
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {i: {key: as_part(tensors[f"optimizer.{i}.{key}"], params[i]) for key in keys} for i, keys in likes.items()}
     if isinstance(optimizer, vlorp.ProjFactor):
         state = {i: values | {"step": values["step"].item()} for i, values in state.items()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -453,6 +461,83 @@ def state_like(optimizer):
                     key: (torch.Size(shape), vlorp.wide(p)) for key, shape in optimizer.state_like(p, group).items()}
             else:
                 yield {"step": (torch.Size([]), torch.float32), "exp_avg": (p.shape, p.dtype), "exp_avg_sq": (p.shape, p.dtype)}
+
+
+# --- several processes: micro-batches are dealt out to them, weights and their optimizer state are spread over them ------------
+
+def spread(model, method, config):
+    """Begin on all processes with the first one's weights and keep a share of them on each (FSDP2); vlorp keeps all on each."""
+    rank, size = processes()
+    if size % config.seq_parallel:
+        raise ValueError(f"--seq_parallel {config.seq_parallel} does not divide {size} processes")
+    if size == 1:
+        return
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    for p in [*model.parameters(), *(method.parameters() if isinstance(method, nn.Module) else ())]:
+        distributed.broadcast(p.data, 0)
+    if config.seq_parallel > 1:
+        groups = [distributed.new_group(range(i, i + config.seq_parallel)) for i in range(0, size, config.seq_parallel)]
+        model.sequence = SequenceParallel(groups[rank // config.seq_parallel], model.config)
+    if config.method == "vlorp":
+        return
+    mesh = distributed.init_device_mesh(torch.device(config.device).type, (size,))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)  # the rest, CEPE's encoder too, is gathered once a step: slices of chunks differ between processes
+    for name in ("hidden", "encode"):
+        if hasattr(model, name):
+            register_fsdp_forward_method(model, name)
+
+
+def whole(tensor):
+    """A tensor whose parts lie with all processes, gathered; others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def as_part(tensor, like):
+    """What this process holds of a whole tensor that is to lie as `like` does."""
+    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def gathered(model):
+    """The model as one process has it, every weight whole."""
+    if not any(isinstance(p, DTensor) for p in model.parameters()):
+        model.sequence = None
+        return model
+    with torch.device("meta"):
+        plain = cepe.CEPE(model.config, model.encoder_config, model.last_n) if isinstance(model, cepe.CEPE) else Llama(model.config)
+    plain.load_state_dict({name: nn.Parameter(whole(p.detach())) for name, p in model.named_parameters()}, assign=True)
+    return plain
+
+
+def my_share(batches, config):
+    """What this process learns from of a step's micro-batches: [(part, weight)], equally many on all processes.
+
+    As many groups as --seq_parallel leaves take whole micro-batches in turn if there are enough of them, else parts of them, the
+    heavy ones first on all (ProLong). The weights make every target of the step count the same (or as its own weight says)."""
+    rank, size = processes()
+    group, groups = rank // config.seq_parallel, size // config.seq_parallel
+    parts = [part for batch in batches for part in divide(batch, groups // math.gcd(groups, len(batches)))]
+    filler = next(part for part in parts if part is not None)  # too few documents: some processes compute one for nothing
+    parts = [(filler if part is None else part, share) for part, share in zip(parts, target_shares(parts))]
+    parts.sort(key=lambda part: -int(part[0].cu_seqlens.diff().square().sum()))
+    return parts[group::groups]
+
+
+def average_gradients(optimizer):
+    """Mean over the processes of the gradients that FSDP does not see, the method's own."""
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        if p.grad is not None and not isinstance(p, DTensor):
+            distributed.all_reduce(p.grad)
+            p.grad /= processes()[1]
+
+
+def gradient_norm(optimizer):
+    """Norm of all gradients together."""
+    gradients = [[p.grad for p in group["params"] if p.grad is not None] for group in optimizer.param_groups]
+    return torch.stack([whole(nn.utils.get_total_norm(g)) for g in gradients if g] or [torch.zeros(())]).norm()
 
 
 def make_optimizer(method, model, config):
@@ -471,10 +556,14 @@ def clip_and_step(optimizer, clip) -> float:
     if isinstance(optimizer, vlorp.ProjFactor):  # its gradients are projections by now: it clips them itself
         optimizer.step()
         return optimizer.norm
-    norm = nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip or math.inf).item()
-    if math.isfinite(norm):
+    if processes()[1] > 1:
+        average_gradients(optimizer)
+    norm = gradient_norm(optimizer)
+    if torch.isfinite(norm):
+        for group in optimizer.param_groups:
+            nn.utils.clip_grads_with_norm_(group["params"], clip or math.inf, norm)
         optimizer.step()
-    return norm
+    return norm.item()
 
 
 def read_checkpoint(path):
@@ -500,8 +589,24 @@ def read_tensor_file(path):
 
 def target_shares(batches):
     """What each micro-batch's mean loss counts, so that every target of a step counts the same (or as its weight says)."""
-    sizes = [float(((b.targets != -100) * (1.0 if b.weights is None else b.weights)).sum()) for b in batches]
+    sizes = [0.0 if b is None else float(((b.targets != -100) * (1.0 if b.weights is None else b.weights)).sum()) for b in batches]
     return [size / (sum(sizes) or 1) for size in sizes]
+
+
+@contextlib.contextmanager
+def interrupts():
+    """A list that gets an entry at the first Ctrl-C (SIGINT); a second one, without torchrun, ends the process at once."""
+    caught = []
+
+    def note(number, frame):
+        if caught and processes()[1] == 1:  # torchrun sends another one itself
+            raise KeyboardInterrupt
+        caught.append(number)
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield caught
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def stage_at(stages, step):
@@ -515,7 +620,8 @@ def stage_at(stages, step):
 def fit(method, model, stages, config, out_dir, about, autocast):
     """Train `method` through its stages, from its checkpoint in out_dir if there is one. Returns its CPU seconds.
 
-    Raises Diverged, naming the step and the last good checkpoint, before a non-finite gradient is applied."""
+    SIGINT ends the step at hand, saves and raises KeyboardInterrupt. Raises Diverged, naming the step and the last good
+    checkpoint, before a non-finite gradient is applied."""
     optimizer = make_optimizer(method, model, config)
     peaks = [group["lr"] for group in optimizer.param_groups]
     checkpoint, log = os.path.join(out_dir, "checkpoint.safetensors"), Log(os.path.join(out_dir, "log.jsonl"))
@@ -527,50 +633,59 @@ def fit(method, model, stages, config, out_dir, about, autocast):
     if done:
         model.config = dataclasses.replace(model.config, rope_base=stages[stage_at(stages, done - 1)[0]].rope_base or model.config.rope_base)
     start = time.process_time() - seconds
-    steps = sum(stage.steps for stage in stages)
-    bar = tqdm(range(done, steps), initial=done, total=steps, desc=about["method"], unit="step", disable=None)
-    for step in bar:
-        tick = time.perf_counter()
-        number, local = stage_at(stages, step)  # local: the step inside its stage
-        stage = stages[number]
-        if stage.rope_base:
-            model.config = dataclasses.replace(model.config, rope_base=stage.rope_base)
-        for group, peak in zip(optimizer.param_groups, peaks):
-            group["lr"] = (stage.lr or peak) * method.lr_scale(local, stage.steps, config.warmup, config.min_lr)
-        rngs = [np.random.default_rng([config.seed, step, micro]) for micro in range(config.grad_accum)]
-        batches = [(method.batch(stage.data, rng, local, stage.steps), rng) for rng in rngs]
-        batches.sort(key=lambda pair: -int(pair[0].cu_seqlens.diff().square().sum()))  # the heavy ones first, on all devices (ProLong)
-        batches, rngs = zip(*batches)
-        shares = target_shares(batches)
-        total, shown = 0.0, {}
-        for batch, share, rng in zip(batches, shares, rngs):
-            batch = type(batch)(*(x if x is None else x.to(config.device) for x in batch))
-            with autocast():
-                loss, metrics = method.loss(model, batch, local, stage.steps, rng)
-            if loss.requires_grad:  # text without context teaches a frozen decoder nothing
-                (loss * share).backward()
-            total += loss.item() * share
-            shown = {k: shown.get(k, 0.0) + v * share for k, v in metrics.items()}
-        norm = clip_and_step(optimizer, config.clip) if math.isfinite(total) else math.nan
-        if not math.isfinite(total) or not math.isfinite(norm):
-            last = f"the last good checkpoint is step {done} in {checkpoint}" if done else "there is no checkpoint yet"
-            raise Diverged(f"loss {total}, gradient norm {norm} at step {step}; {last}")
-        optimizer.zero_grad(set_to_none=True)
-        log.write("step", step=step, loss=total, grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
-                  tokens=sum(len(b.tokens) for b in batches), targets=sum(int((b.targets != -100).sum()) for b in batches), seconds=round(time.perf_counter() - tick, 4), **shown)
-        if config.stages and local + 1 == stage.steps:
-            log.write("stage", step=step, length=stage.length, scores=length_scores(model, stages, config, autocast))
-        bar.set_postfix({"loss": f"{total:.3f}"} | {k: f"{v:.2f}" for k, v in shown.items() if k in ("sparsity", "target")})
-        if (step + 1) % config.save_every == 0 or step + 1 == steps:
-            done = step + 1
-            save_checkpoint(checkpoint, model, method, optimizer,
-                            about | {"step": done, "cpu_seconds": time.process_time() - start})
-            log.write("checkpoint", step=step)
+    steps, (rank, size) = sum(stage.steps for stage in stages), processes()
+    bar = tqdm(range(done, steps), initial=done, total=steps, desc=about["method"], unit="step", disable=rank > 0 or None)
+    with interrupts() as caught:
+        for step in bar:
+            tick = time.perf_counter()
+            number, local = stage_at(stages, step)  # local: the step inside its stage
+            stage = stages[number]
+            if stage.rope_base:
+                model.config = dataclasses.replace(model.config, rope_base=stage.rope_base)
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = (stage.lr or peak) * method.lr_scale(local, stage.steps, config.warmup, config.min_lr)
+            rngs = [np.random.default_rng([config.seed, step, micro]) for micro in range(config.grad_accum)]
+            batches = [method.batch(stage.data, rng, local, stage.steps) for rng in rngs]
+            total, shown = learn_from(my_share(batches, config), method, model, local, stage, config, autocast)
+            total, stop, *values = (x / size for x in summed([total, len(caught), *shown.values()]))
+            shown = dict(zip(shown, values))
+            norm = clip_and_step(optimizer, config.clip) if math.isfinite(total) else math.nan
+            if not math.isfinite(total) or not math.isfinite(norm):
+                last = f"the last good checkpoint is step {done} in {checkpoint}" if done else "there is no checkpoint yet"
+                raise Diverged(f"loss {total}, gradient norm {norm} at step {step}; {last}")
+            optimizer.zero_grad(set_to_none=True)
+            log.write("step", step=step, loss=total, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], tokens=sum(len(b.tokens) for b in batches),
+                      targets=sum(int((b.targets != -100).sum()) for b in batches), seconds=round(time.perf_counter() - tick, 4), **shown)
+            if config.stages and local + 1 == stage.steps:
+                log.write("stage", step=step, length=stage.length, scores=length_scores(model, stages, config, autocast))
+            bar.set_postfix({"loss": f"{total:.3f}"} | {k: f"{v:.2f}" for k, v in shown.items() if k in ("sparsity", "target")})
+            if (step + 1) % config.save_every == 0 or step + 1 == steps or stop:
+                done = step + 1
+                save_checkpoint(checkpoint, model, method, optimizer,
+                                about | {"step": done, "cpu_seconds": time.process_time() - start})
+                log.write("checkpoint", step=step)
+            if stop:
+                bar.close()
+                print(f"stopped after step {step}; --resume goes on from there", file=sys.stderr if rank == 0 else sys.stdout)
+                raise KeyboardInterrupt
     held = sum(x.nbytes for values in optimizer.state.values() for x in values.values() if torch.is_tensor(x))
     peak = peak_memory()
     log.write("memory", optimizer_bytes=held, peak_resident_bytes=peak)
     print(f"{about['method']}: optimizer state {held / 1e6:.2f} MB, peak resident memory {peak / 1e6:.0f} MB")
     return time.process_time() - start
+
+
+def learn_from(share, method, model, step, stage, config, autocast):
+    """Add up the gradients of this process's share of a step. Returns (loss, metrics), to be averaged over the processes as gradients are."""
+    total, shown, groups = 0.0, {}, processes()[1] // config.seq_parallel
+    for batch, weight in share:
+        batch = type(batch)(*(x if x is None else x.to(config.device) for x in batch))
+        with autocast():
+            loss, metrics = method.loss(model, batch, step, stage.steps)
+        (loss * (weight * groups)).backward()
+        total += loss.item() * weight * groups
+        shown = {k: shown.get(k, 0.0) + v * weight * groups for k, v in metrics.items()}
+    return total, shown
 
 
 # --- what came out ------------------------------------------------------------------------------------------------------
@@ -591,20 +706,19 @@ def streaming_footprint(mask, n, sink, window) -> float:
 @torch.no_grad()
 def score_masks(model, data, masks, sink, window, config, autocast):
     """A score per mask: far recall of the fact stream at 512 tokens (higher is better), or held-out loss [nats / token]."""
-    scores = []
+    scores = [0.0] * len(masks)
     if isinstance(data, FactData):
         facts = fact_stream(np.random.default_rng([config.seed, 2 ** 31]), config.eval_seqs, *CURRICULUM[-1][:3])
-        for mask in tqdm(masks, desc="recall", unit="mask", disable=None, leave=False):
-            scores.append(recall(model, facts, prulong.split(mask, facts.batch.cu_seqlens, sink, window), facts.far(window, sink)))
-        return "far recall", CURRICULUM[-1][0], scores
-    for mask in tqdm(masks, desc="held-out loss", unit="mask", disable=None, leave=False):
-        total = 0.0
-        for b, share in zip(data.held_out, target_shares(data.held_out)):
-            b = Batch(*(x if x is None else x.to(config.device) for x in b))
-            with autocast():
-                total += share * model.loss(b.tokens, b.targets, prulong.split(mask, b.cu_seqlens, sink, window)).item()
-        scores.append(total)
-    return "held-out loss", data.seq_len, scores
+        for i in tqdm(dealt(range(len(masks))), desc="recall", unit="mask", disable=None, leave=False):
+            scores[i] = recall(model, facts, prulong.split(masks[i], facts.batch.cu_seqlens, sink, window), facts.far(window, sink))
+        return "far recall", CURRICULUM[-1][0], summed(scores)
+    shares = target_shares(data.held_out)
+    jobs = [(i, b, share) for i in range(len(masks)) for b, share in zip(data.held_out, shares)]
+    for i, b, share in tqdm(dealt(jobs), desc="held-out loss", unit="sequence", disable=None, leave=False):
+        b = Batch(*(x if x is None else x.to(config.device) for x in b))
+        with autocast():
+            scores[i] += share * model.loss(b.tokens, b.targets, prulong.split(masks[i], b.cu_seqlens, sink, window)).item()
+    return "held-out loss", data.seq_len, summed(scores)
 
 
 def random_masks(shape, sparsity, n, seed):
@@ -653,10 +767,10 @@ def answer_accuracy(model, data, device, dtype):
     max_new_tokens = 3 * max(int((b.targets != -100).sum()) for b in data.held_out) // 2
     narrow = copy.deepcopy(model).to(DTYPES[dtype])  # cast once and not for every token
     right = 0
-    for prompt, answer in tqdm(data.exams, desc="answers", unit="exam", disable=None, leave=False):
+    for prompt, answer in tqdm(dealt(data.exams), desc="answers", unit="exam", disable=None, leave=False):
         said = generate(narrow, torch.tensor(prompt, device=device), max_new_tokens, stop_ids=data.tokenizer.eos_ids)
         right += final_answer(data.tokenizer.decode(said)) == answer
-    return right / len(data.exams)
+    return summed([right])[0] / len(data.exams)
 
 
 def length_scores(model, stages, config, autocast):
@@ -756,7 +870,7 @@ def empty(out_dir):
 
 def run_settings(config, settings):
     """The flags that a run's numbers depend on."""
-    free = {"out_dir", "resume", "overwrite", "save_every", "n_random", "baseline"}
+    free = {"out_dir", "resume", "overwrite", "save_every", "n_random", "baseline", "seq_parallel", "deterministic"}
     values = dataclasses.asdict(config) | (dataclasses.asdict(settings) if settings else {})
     return {name: value for name, value in values.items() if name not in free}
 
@@ -917,7 +1031,13 @@ def main(argv=None):
     if config.method in ("cepe", "ceped"):
         settings = cepe_defaults(config, settings)
     check_device(config.device)
+    join_processes(config.device)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch.use_deterministic_algorithms wants it
+        torch.use_deterministic_algorithms(True)
     if config.method in ("cepe", "ceped"):
+        if config.seq_parallel > 1:
+            raise ValueError("--seq_parallel means nothing to CEPE, whose contexts are parallel already")
         if settings.context + 4 > config.seq_len:
             raise ValueError(f"--context {settings.context} leaves the decoder fewer than 4 of --seq_len {config.seq_len} tokens")
         if settings.context % settings.chunk_size:
@@ -933,7 +1053,9 @@ def main(argv=None):
     llama = load_config(config.model) if config.model else TINY
     about = check_out_dir(config.out_dir, config, settings)
     dtype, reason = (about["dtype"], "as before") if about else choose_dtype(config, llama)
-    model = build_model(config, settings, dtype)
+    if not summed([dtype == "float32"])[0] in (0, processes()[1]):  # measured to differ; from here on all have looked at --out_dir
+        dtype, reason = "float32", "not every process gains from less"
+    model = first_alone(lambda: build_model(config, settings, dtype))
     stages = build_stages(config, settings, model.config.vocab_size)
     data = stages[-1].data
     model.checkpointing = config.checkpointing
@@ -946,8 +1068,8 @@ def main(argv=None):
     for stage in stages:
         method.batch(stage.data, np.random.default_rng(config.seed), 0, config.steps)  # what cannot be is found out before anything is written
     os.makedirs(config.out_dir, exist_ok=True)
-    log = Log(os.path.join(config.out_dir, "log.jsonl"))
-    if not config.resume:
+    log, first = Log(os.path.join(config.out_dir, "log.jsonl")), processes()[0] == 0
+    if first and not config.resume:
         empty(config.out_dir)
         log.write("config", **about, reason=reason, torch=torch.__version__, threads=torch.get_num_threads())
 
@@ -959,9 +1081,18 @@ def main(argv=None):
         before = meco.conditioned_losses(model, data.exams, settings.first_tokens, autocast)
     elif not learns_heads:
         before = score_weights(model, data, config, dtype, autocast)
+    spread(model, method, config)
+    wait_for_all()  # until the first has emptied --out_dir
     results = {config.method: (method, fit(method, model, stages, config, config.out_dir, about, autocast))}
     trained_weights = any(p.requires_grad for p in model.parameters())
-    if trained_weights:
+    if config.method == "prulong" and config.baseline and not trained_weights:
+        duo_settings = prulong.DuoConfig(settings.target_sparsity, settings.sink, settings.window)
+        duo, out_dir = prulong.Duo(model, duo_settings, config.seed), os.path.join(config.out_dir, "duo")
+        os.makedirs(out_dir, exist_ok=True)
+        about |= {"method": "duo", "settings": run_settings(config, duo_settings)}
+        results["duo"] = duo, fit(duo, model, stages, config, out_dir, about, autocast)
+    model = gathered(model)
+    if trained_weights and first:
         (cepe.save_cepe if reads else save_model)(model, config.out_dir)
         for name in TOKENIZER_FILES:
             if config.model and os.path.exists(os.path.join(config.model, name)):
@@ -974,19 +1105,15 @@ def main(argv=None):
     elif not learns_heads:
         outcome = report_lm(before, model, data, config, results[config.method][1], dtype, autocast)
     else:
-        prulong.save_heads(os.path.join(config.out_dir, "heads.tsv"), method.mask())
-        prulong.save_heads(os.path.join(config.out_dir, "scores.tsv"), method.scores())
-        if config.method == "prulong" and config.baseline and not trained_weights:
-            duo_settings = prulong.DuoConfig(settings.target_sparsity, settings.sink, settings.window)
-            duo, out_dir = prulong.Duo(model, duo_settings, config.seed), os.path.join(config.out_dir, "duo")
-            os.makedirs(out_dir, exist_ok=True)
-            about |= {"method": "duo", "settings": run_settings(config, duo_settings)}
-            results["duo"] = duo, fit(duo, model, stages, config, out_dir, about, autocast)
+        if first:
+            prulong.save_heads(os.path.join(config.out_dir, "heads.tsv"), method.mask())
+            prulong.save_heads(os.path.join(config.out_dir, "scores.tsv"), method.scores())
         outcome = report_heads(results, model, data, settings, config, autocast)
     if config.stages:
         outcome["stages"] = report_stages(log.path, outcome["score"])
     outcome = {"method": config.method, "seed": config.seed, "steps": config.steps, "dtype": dtype, **outcome}
     log.write("end", **outcome)
+    wait_for_all()
     print(json.dumps(outcome, allow_nan=False))
 
 
