@@ -1941,7 +1941,7 @@ def read_results(path) -> dict:
                     break
                 row = json.loads(line)
                 done[row["key"]] = row
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise ValueError(f"{path}: not results of this script (line {len(done) + 1})") from None
             good += len(line)
     if good < os.path.getsize(path):

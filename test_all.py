@@ -4,8 +4,10 @@ Tests that want a real pretrained Llama read its folder from LLAMA_DIR and are s
 """
 import ast
 import base64
+import collections
 import concurrent.futures
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -16,6 +18,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import runpy
 import shutil
 import socket
@@ -250,7 +253,7 @@ def test_kernels_on_the_gpu():
 def interpreted_random_shapes():
     rng = torch.Generator().manual_seed(1)
     pick = lambda lo, hi: int(torch.randint(lo, hi + 1, (1,), generator=rng))
-    for trial in range(int(os.environ.get("N_TRIALS", 12))):
+    for trial in range(1000 if SLOW else 12):
         n_kv_head, causal = pick(1, 2), trial % 4 != 3
         lengths_q = [pick(0, 70) for _ in range(pick(1, 3))]
         lengths_k = list(lengths_q) if trial % 2 else [max(0, n + pick(-10, 60)) for n in lengths_q]
@@ -1230,6 +1233,90 @@ def test_killed_run_resumes_in_the_same_bits(tmp_path, method):
     assert saved.config == expected.config
 
 
+KILLED = {
+    "train": ["train.py", *ARGS, "--steps", "16", "--save_every", "1"],
+    "eval": ["eval_tasks.py", "--model", "model", "--tasks", "niah_s,icl", "--lengths", "420,600", "--n", "3", "--policy", "full,streaming", "--budget", "64",
+             "--sink", "4", "--max_new_tokens", "4", "--dtype", "float32", "--out", "out/results.jsonl"],
+    "footprint": ["footprint.py", "--n", "2", "--lengths", "64,128", "--curves", "streaming,snapkv", "--shares", "0.1,0.5,0.9", "--chunk", "16", "--out_dir", "out"]}
+
+
+@pytest.mark.parametrize("name", KILLED)
+def test_kills_at_any_moment_lose_and_double_nothing(tmp_path, name):
+    """SIGKILL after random times, at checkpoint writing too (it is most of what this run does), until enough have hit; then the
+    run is left to end. 4 kills of each script, 40 in the slow test."""
+    save_model(Llama(eval_tasks.TINY).init_weights(0), tmp_path / "out" / "tiny-seed0")
+    save_model(small(vocab_size=258, eos_ids=(257,)).float(), tmp_path / "model")
+    here, out, rng = os.path.dirname(os.path.abspath(__file__)), tmp_path / "out", random.Random(name)
+    out, args = (tmp_path / "run", [*KILLED[name][1:], "--out_dir", "run"]) if name == "train" else (out, KILLED[name][1:])
+    code, file = os.path.join(here, KILLED[name][0]), out / ("log.jsonl" if name == "train" else "results.jsonl")
+    go = lambda: start(code, *args, *["--resume"] * (name != "eval" and file.exists()), cwd=tmp_path)
+
+    def finished():
+        lines = [json.loads(line) for line in open(file)]
+        if name == "train":
+            assert [x["step"] for x in lines if x["event"] == "step"] == list(range(16)) and not list(out.glob("*.part"))
+            return train.read_tensor_file(out / "checkpoint.safetensors") | train.read_tensor_file(out / "model.safetensors")
+        assert len({line["key"] for line in lines}) == len(lines)
+        return {line["key"]: {k: v for k, v in line.items() if k != "seconds"} for line in lines}
+    begun = time.monotonic()
+    assert ended(go(), tmp_path).returncode == 0
+    whole, took, kills = finished(), time.monotonic() - begun, 0
+    shutil.rmtree(out) if name == "train" else file.unlink()
+    while kills < (40 if SLOW else 4):
+        child = go()
+        child.join(rng.uniform(0, took / 2))
+        if child.exitcode is None:
+            child.kill()
+            child.join()
+            kills += 1
+        else:
+            assert child.exitcode == 0, open(tmp_path / "stderr.txt").read()
+            if finished().keys() == whole.keys():  # done before it was hit often enough: from the start again
+                shutil.rmtree(out) if name == "train" else file.unlink()
+    assert ended(go(), tmp_path).returncode == 0, open(tmp_path / "stderr.txt").read()
+    again = finished()
+    assert again.keys() == whole.keys() and all(torch.equal(again[k], whole[k]) if name == "train" else again[k] == whole[k] for k in whole)
+
+
+def test_interrupted_run_saves_and_leaves_with_130(tmp_path):
+    """Ctrl-C in the middle: the step at hand is saved whatever --save_every says, and --resume ends in the bits of a whole run."""
+    code, args = os.path.abspath(train.__file__), [*ARGS, "--steps", "40", "--save_every", "100"]
+    assert script(code, *args, "--out_dir", "whole", cwd=tmp_path).returncode == 0
+    child, log = start(code, *args, "--out_dir", "cut", cwd=tmp_path), tmp_path / "cut" / "log.jsonl"
+    while child.is_alive() and not (log.exists() and '"step": 3' in log.read_text()):
+        time.sleep(0.005)
+    os.kill(child.pid, signal.SIGINT)
+    done = ended(child, tmp_path)
+    steps = [x["step"] for x in map(json.loads, open(log)) if x["event"] == "step"]
+    assert done.returncode == 130 and done.stderr.count("\n") == 1 and f"stopped after step {steps[-1]}" in done.stderr
+    assert 3 <= steps[-1] < 39 and train.read_checkpoint(tmp_path / "cut" / "checkpoint.safetensors")["step"] == steps[-1] + 1
+    assert script(code, *args, "--out_dir", "cut", "--resume", cwd=tmp_path).returncode == 0
+    a, b = (train.read_tensor_file(tmp_path / d / "checkpoint.safetensors") for d in ("whole", "cut"))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(tmp_path):
+    """A limit on the size of files stands for the full disk: below it the log goes on, above it the checkpoint cannot be written."""
+    code, args = os.path.abspath(train.__file__), [*ARGS, "--save_every", "2", "--out_dir", "a"]
+    assert script(code, *args, "--steps", "12", cwd=tmp_path).returncode == 0
+    before = (tmp_path / "a" / "checkpoint.safetensors").read_bytes()
+    size = len(before)
+    limited = f"import resource, runpy, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, ({size // 2},) * 2); " \
+              f"sys.argv[1:] = {[*args, '--steps', '12', '--resume']!r}; runpy.run_path({code!r}, run_name='__main__')"
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    saved = dict(train.read_checkpoint(tmp_path / "a" / "checkpoint.safetensors"), step=10)  # as if two steps were left
+    train.write_tensors(tmp_path / "a" / "checkpoint.safetensors", train.read_tensor_file(tmp_path / "a" / "checkpoint.safetensors"), {"about": json.dumps(saved)})
+    before = (tmp_path / "a" / "checkpoint.safetensors").read_bytes()
+    (tmp_path / "limited.py").write_text(limited)
+    done = script(tmp_path / "limited.py", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "checkpoint.safetensors" in done.stderr, done.stderr
+    assert (tmp_path / "a" / "checkpoint.safetensors").read_bytes() == before and not list((tmp_path / "a").glob("*.part"))
+    os.remove(tmp_path / "b" / "checkpoint.safetensors")
+    (tmp_path / "b" / "checkpoint.safetensors").mkdir()  # a place that cannot be written, whoever one is
+    done = script(code, *[x if x != "a" else "b" for x in args], "--steps", "12", "--overwrite", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+
+
 # --- several processes ----------------------------------------------------------------------------------------------------
 
 TOGETHER = {
@@ -1268,6 +1355,9 @@ def train_together(rank, size, port, cwd, resume):
     try:
         go("lm", f"half-{size}")
     except KeyboardInterrupt:
+        train.LM.batch = batch
+        for name in TOGETHER if size == 1 else ():
+            go(name, f"{name}-again", "--deterministic")
         sys.exit(130)
 
 
@@ -1319,6 +1409,45 @@ def test_several_processes_train_as_one(trained_together, name):
         assert whole[0].keys() == whole[1].keys() and all(torch.allclose(whole[0][k], whole[1][k], atol=1e-3) for k in whole[0])
 
 
+@pytest.mark.parametrize("name", TOGETHER)
+def test_a_run_comes_out_in_the_same_bits_again(trained_together, name):
+    """And no method needs an operation that --deterministic refuses."""
+    a, b = (train.read_tensor_file(trained_together / f"{name}-{kind}" / "checkpoint.safetensors") for kind in ("1", "again"))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("name", ["lm", "prulong", "duo", "meco", "cepe", "ceped"])
+def test_bfloat16_products_stay_close(name):
+    """Autocast changes a step's loss by less than 1e-3 of it (DuoAttention's, a distance near 0: 2 %) and the gradient by less than
+    3 % of its norm."""
+    model, data = eval_tasks.tiny_start(0), train.FactData(128, 8)
+    if name == "lm":
+        method = train.LM(model, None, 0)
+    elif name == "prulong":
+        method = prulong.PruLong(model, prulong.Config(window=16, train="masks+weights"), 0)
+    elif name == "duo":
+        method = prulong.Duo(model, prulong.DuoConfig(window=16, needles=3, reg=0.0), 0)
+        method.a.data.fill_(0.5)
+    elif name == "meco":
+        model, data = meco.small_model(0), meco.SiteData()
+        method = meco.MeCo(model, meco.Config(), 0)
+    else:
+        data, encoder = cepe.Entities(), LlamaConfig(129, 2, 2, 2, 48, 144, 24, tie_embeddings=True)
+        model = cepe.extend(cepe.small_decoder(data, 20, 0), encoder, "copy")
+        method = cepe.Expand(model, cepe.Config(context=64, chunk_size=16, mlm=0.0, duplicate=0.0), 0, name == "ceped")
+    own = method.parameters() if isinstance(method, torch.nn.Module) else ()
+    parameters = [p for p in [*model.parameters(), *own] if p.requires_grad]
+    for seed in range(3):
+        batch, losses, gradients = method.batch(data, np.random.default_rng(seed), 5, 10), [], []
+        for low in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                losses.append(method.loss(model, batch, 5, 10)[0])
+            found = torch.autograd.grad(losses[-1], parameters, allow_unused=True)
+            gradients.append(torch.cat([g.flatten().float() for g in found if g is not None]))
+        assert 0 < (losses[0] - losses[1]).abs() < (0.02 if name == "duo" else 1e-3) * losses[0], losses
+        assert 0 < (gradients[0] - gradients[1]).norm() < 0.03 * gradients[0].norm()
+
+
 def test_a_run_goes_on_with_another_number_of_processes(trained_together):
     """Ctrl-C after ten steps saved; one process goes on from four, two from one, four from two, with the losses of a whole run."""
     for size, before in ((1, 4), (2, 1), (4, 2)):
@@ -1327,6 +1456,26 @@ def test_a_run_goes_on_with_another_number_of_processes(trained_together):
         assert launch(train_together, size, str(trained_together), before) == [0] * size
         losses = [[row["loss"] for row in map(json.loads, open(path)) if row["event"] == "step"] for path in (log, trained_together / "lm-1" / "log.jsonl")]
         assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def evaluate_together(rank, size, port, cwd):
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    run_script([os.path.abspath(eval_tasks.__file__), *KILLED["eval"][1:-1], f"out-{size}.jsonl"], cwd, {"RANK": str(rank)})
+
+
+def test_several_processes_evaluate_as_one(tmp_path):
+    """Each example is run once; the first process prints the table of all."""
+    save_model(small(vocab_size=258, eos_ids=(257,)).float(), tmp_path / "model")
+    rows = []
+    for size in (1, 2):
+        assert launch(evaluate_together, size, str(tmp_path)) == [0] * size
+        lines = [json.loads(line) for line in open(tmp_path / f"out-{size}.jsonl")]
+        rows.append({line["key"]: {k: v for k, v in line.items() if k != "seconds"} for line in lines})
+        assert len(rows[-1]) == len(lines) == 24
+        tables = [[line for line in open(tmp_path / f"stdout{rank}.txt") if not line.startswith("{")] for rank in range(size)]
+        assert tables[0] and not any(tables[1:])
+    assert rows[0] == rows[1]
 
 
 def test_torchrun_prints_once_and_refuses_what_does_not_divide(tmp_path):
@@ -2480,6 +2629,207 @@ def test_projected_gradients_are_averaged_over_processes(tmp_path):
     p = torch.nn.Parameter(torch.ones(8, 12))
     both = [(a + b) / 2 for a, b in zip(made_gradients((8, 12), 4), made_gradients((8, 12), 4, 1))]
     close(torch.load(tmp_path / "x.pt", weights_only=True), optimize(vlorp.ProjFactor([p], lr=0.1, rank=2, granularity=2), p, both), 1e-5)
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------------
+
+ODD = [None, True, -1, 0, 1, 7, 2 ** 70, 10 ** 12, 1e308, -0.5, float("nan"), "", "x", "a\0b", "\ud800", "é" * 9, [], {}, [[]], [None], {"a": 1}, "../../x"]
+
+
+def warped(rng, value):
+    """A JSON value in which one thing, somewhere, is another, gone or twice there."""
+    if isinstance(value, (dict, list)) and value and rng.random() < 0.85:
+        value = copy.copy(value)
+        key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
+        kind = rng.random()
+        if kind < 0.15:
+            del value[key]
+        elif kind < 0.25 and isinstance(value, list):
+            value.append(value[key])
+        elif kind < 0.3 and isinstance(value, dict):
+            value[rng.choice(["x", key + "x", ""])] = value[key]
+        else:
+            value[key] = warped(rng, value[key])
+        return value
+    return rng.choice(ODD)
+
+
+def warped_bytes(rng, data):
+    """Bytes that are cut, doubled, or have others among them."""
+    data, at = bytearray(data), rng.randrange(len(data) + 1)
+    kind = rng.randrange(6)
+    if kind == 0:
+        return bytes(data[:at])
+    if kind == 1:
+        data[at:at] = rng.choice([b"\0", b"\xff\xfe", b"[" * 5000, b"{" * 5000, b"9" * 5000, b"\n", b'"'])
+    elif kind == 2:
+        data[at:at] = data[at:at + rng.randrange(99)]
+    else:
+        for _ in range(rng.choice([1, 1, 9])):
+            at = rng.randrange(len(data) or 1)
+            data[at:at + 1] = bytes([rng.randrange(256)])
+    return bytes(data)
+
+
+def warped_json(rng, value):
+    return json.dumps(warped(rng, value)).encode() if rng.random() < 0.7 else warped_bytes(rng, json.dumps(value).encode())
+
+
+def warped_lines(rng, rows):
+    lines = [json.dumps(row).encode() for row in rows]
+    at = rng.randrange(len(rows))
+    lines[at] = warped_json(rng, rows[at])
+    return b"\n".join(lines)
+
+
+def warped_safetensors(rng, data):
+    """A file whose header says something else: shapes and offsets without end, other dtypes, missing names; or with other bytes."""
+    size = int.from_bytes(data[:8], "little")
+    if rng.random() < 0.3:
+        return warped_bytes(rng, data[:8 + size]) + data[8 + size:]
+    header = json.dumps(warped(rng, json.loads(data[8:8 + size]))).encode()
+    length = len(header) if rng.random() < 0.9 else rng.choice([0, 2 ** 63, 10 ** 12, len(header) - 1])
+    return length.to_bytes(8, "little") + header + data[8 + size:]
+
+
+def warped_flags(rng, configs, folders):
+    """Some flags of dataclasses with values that are possible, at an edge, or impossible."""
+    words = ["", "x", "nowhere", ",", "=:", "a=1:nowhere", "facts", "problems", "sites", "full", "snapkv", "64:1", "0", "-1", "7", "1e9", "1e400", "nan", "9" * 30, *folders]
+    argv = []
+    for field in rng.sample([f for config in configs for f in dataclasses.fields(config)], 4):
+        values = list(field.metadata["choices"] or ()) + words
+        argv += [f"--{field.name}", rng.choice(values)] if "bool" not in str(field.type) else [rng.choice([f"--{field.name}", f"--no-{field.name}"])]
+    return argv
+
+
+class Reached(Exception):
+    """All checks of flags are through."""
+
+
+def fuzz(seed, n, cwd):
+    """n cases, of every kind equally many: each works, or ends as `run` turns into one line and exit 2, soon and without writing.
+    Runs in a process of its own, which may not take more than 16 GB of address space."""
+    resource.setrlimit(resource.RLIMIT_AS, (2 ** 34, 2 ** 34))
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    llama = Llama(dataclasses.replace(eval_tasks.TINY, vocab_size=400)).init_weights(0)
+    save_model(llama, "m"), cepe.save_cepe(small_cepe().float(), "c"), prulong.save_heads("heads.tsv", torch.rand(3, 4))
+    made_tokenizer(cwd / "m")
+    tokenizer = load_tokenizer("m")
+    good = {name: open(name, "rb").read() for name in ("m/config.json", "m/model.safetensors", "m/tokenizer.json", "c/config.json", "c/model.safetensors", "heads.tsv")}
+    chats = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "so"}]}, {"question": "1 + 1?", "answer": "#### 2"},
+             {"instruction": "a", "input": "", "output": "b"}, {"question": {"stem": "a", "choices": [{"label": "A", "text": "b"}]}, "answerKey": "A"}]
+    texts = [{"text": "one two", "url": "http://a.org/x"}, {"text": "three", "url": "b.com"}]
+    ctx = [{"title": "t", "text": "x"}]
+    tasks = {"kilt_nq": ("kilt/nq-dev-multikilt_1000_k50_dep6.jsonl", [{"question": f"q{i}", "answers": ["a"], "ctxs": ctx} for i in range(3)]),
+             "json_kv": ("json_kv/test_k105_dep6.jsonl", [{"context": '{"a": "b"}', "question": "a", "answer": "b", "demos": [{"key": "a", "value": "b"}] * 2, "num_kvs": 1, "k": 1}] * 2),
+             "ruler_vt": ("ruler/vt/validation_8192.jsonl", [{"context": "C", "query": "q", "num_v": 1, "example": "e", "answer": ["A"]}] * 2)}
+    os.makedirs("kilt"), os.makedirs("ruler/vt"), os.makedirs("json_kv"), os.makedirs("lit")
+    for name in ("kilt/nq-train-multikilt_1000_k3_dep6.jsonl",):
+        open(name, "w").write("\n".join(json.dumps({"question": f"d{i}", "answers": ["a"], "ctxs": ctx}) for i in range(9)))
+    lit = {"corpus": [{"corpusid": i, "title": f"t{i}", "abstract": "a"} for i in range(3)],
+           "query": [{"query": "t", "corpusids": [1], "specificity": 0, "query_set": "x"}]}
+    method = train.LM(llama, None, 0)
+    config = train.fill_defaults(train.Config(method="lm"), None)
+    optimizer = train.make_optimizer(method, llama, config)
+    llama.loss(torch.arange(9), torch.arange(9)).backward()
+    optimizer.step()
+    train.save_checkpoint("good.safetensors", llama, method, optimizer, {"step": 3, "settings": {}, "dtype": "float32", "cpu_seconds": 1.0})
+    checkpoint = open("good.safetensors", "rb").read()
+    result = {"key": "k", "task": "t", "score": 0.5}
+
+    def restored(name, data, call):
+        open(name, "wb").write(data)
+        try:
+            call()
+        finally:
+            open(name, "wb").write(good.get(name, b""))
+
+    def tokenize():
+        t = load_tokenizer("m")
+        t.decode(t.encode("Hello 12 the <|im_end|> é")), t.has_chat and t.chat([{"role": "user", "content": "x"}])
+
+    def chat_file(rng):
+        name = rng.choice(["x.json", "x.jsonl"])
+        restored(name, warped_json(rng, chats) if name == "x.json" else warped_lines(rng, chats), lambda: train.read_chats(name, tokenizer, 200))
+
+    def task_file(rng):
+        name = rng.choice(sorted(tasks))
+        path, rows = tasks[name]
+        restored(path, warped_lines(rng, rows), lambda: eval_tasks.load(name, ".", n=3, tokenizer=tokenizer))
+
+    def search_files(rng):
+        broken = rng.choice(sorted(lit))
+        for name, rows in lit.items():
+            open(f"lit/{name}.jsonl", "wb").write(warped_lines(rng, rows) if name == broken else b"\n".join(json.dumps(row).encode() for row in rows))
+        eval_tasks.litsearch_data("lit")
+
+    def flags(rng):
+        name = rng.choice(["train", "train", "train", "eval_tasks", "footprint", "model", "evict", "meco", "vlorp", "cepe"])
+        folders = ["m", "c", "heads.tsv", "."]
+        if name == "train":
+            kind = rng.choice([m for m in train.METHODS])
+            configs = [c for c in (train.Config, train.METHODS[kind][1]) if c]
+            return train.main(["--method", kind, *warped_flags(rng, configs, folders)])
+        if name in ("eval_tasks", "footprint", "model"):
+            module = {"eval_tasks": eval_tasks, "footprint": footprint, "model": model_file}[name]
+            more = ["--model", "m"] if rng.random() < 0.7 else []
+            sys.argv = [name, *more, *warped_flags(rng, [module.Config], folders)]
+            return module.main()
+        config = {"evict": evict.Config, "meco": meco.Demo, "vlorp": vlorp.Demo, "cepe": cepe.Demo}[name]
+        model_file.parse([config], warped_flags(rng, [config], folders))
+
+    def reached(*args, **kwargs):
+        raise Reached
+    for module, name in ((train, "build_model"), (train, "choose_dtype"), (eval_tasks, "load_model"), (footprint, "load_model"), (footprint, "tiny_model"), (eval_tasks, "tiny_table"), (model_file, "load_model")):
+        if name != "load_model" or module is not model_file:
+            setattr(module, name, reached)
+    kinds = {
+        "config": lambda rng: restored("m/config.json", warped_json(rng, json.loads(good["m/config.json"])), lambda: load_model("m")),
+        "weights": lambda rng: restored("m/model.safetensors", warped_safetensors(rng, good["m/model.safetensors"]), lambda: load_model("m")),
+        "tokenizer": lambda rng: restored("m/tokenizer.json", warped_json(rng, json.loads(good["m/tokenizer.json"])), tokenize),
+        "cepe": lambda rng: restored("c/config.json", warped_json(rng, json.loads(good["c/config.json"])), lambda: cepe.load_cepe("c")),
+        "cepe weights": lambda rng: restored("c/model.safetensors", warped_safetensors(rng, good["c/model.safetensors"]), lambda: cepe.load_cepe("c")),
+        "index": lambda rng: (open("i.json", "wb").write(warped_json(rng, {"weight_map": {"a": "model.safetensors"}})), os.makedirs("i", exist_ok=True),
+                              os.replace("i.json", "i/model.safetensors.index.json"), model_file.weight_files("i")),
+        "heads": lambda rng: restored("heads.tsv", warped_bytes(rng, good["heads.tsv"]), lambda: prulong.load_heads("heads.tsv", rng.choice([None, 0.5]))),
+        "texts": lambda rng: restored("t.jsonl", warped_lines(rng, texts), lambda: (list(train.read_documents("t.jsonl")), list(train.read_lines("t.jsonl", "text", "url")))),
+        "chats": chat_file, "tasks": task_file, "search": search_files,
+        "checkpoint": lambda rng: restored("k.safetensors", warped_safetensors(rng, checkpoint), lambda: train.load_checkpoint("k.safetensors", llama, method, optimizer)),
+        "results": lambda rng: restored("r.jsonl", warped_lines(rng, [result] * 3) + b"\n", lambda: eval_tasks.read_results("r.jsonl")),
+        "flags": flags, "more flags": flags, "yet more flags": flags}
+    fine, refused = collections.Counter(), collections.Counter()
+    for i in range(n):
+        kind = list(kinds)[i % len(kinds)]
+        rng, before = random.Random(f"{seed} {i}"), sorted(os.listdir("."))
+        signal.alarm(30)  # a case that hangs ends the process
+        try:
+            kinds[kind](rng)
+            fine[kind] += 1
+        except (ValueError, OSError, Reached) as e:
+            fine[kind] += isinstance(e, Reached)
+            refused[kind] += not isinstance(e, Reached)
+        except SystemExit as e:
+            assert e.code == 2, (kind, i)
+            refused[kind] += 1
+        except BaseException as e:
+            raise AssertionError(f"{kind}, case {i} of seed {seed}") from e
+        assert set(os.listdir(".")) - set(before) <= {"x.json", "x.jsonl", "k.safetensors", "t.jsonl", "r.jsonl", "i"}, (kind, i)
+    assert all(refused[kind] for kind in kinds) and sum(fine.values()) > n / 50, (fine, refused)
+
+
+def fuzzed(seed, n, cwd):
+    for descriptor in (1, 2):
+        os.dup2(os.open(os.path.join(cwd, "said.txt"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    fuzz(seed, n, cwd)
+
+
+def test_bad_input_ends_in_one_line(tmp_path):
+    """2000 cases in CI, 50,000 in the slow test."""
+    child = server.Process(target=fuzzed, args=(0, 50_000 if SLOW else 2_048, tmp_path))
+    child.start()
+    child.join(3000)
+    assert child.exitcode == 0, open(tmp_path / "said.txt", errors="replace").read()[-3000:]
 
 
 # --- CEPE -----------------------------------------------------------------------------------------------------------------
