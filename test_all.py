@@ -49,6 +49,8 @@ from attention_triton import attention, key_blocks, query_blocks
 from model import Batch, KVCache, Llama, LlamaConfig, cross_entropy, generate, load_model, load_tokenizer, rope_frequencies, save_model
 
 
+torch.set_num_threads(1)  # some tests' processes run beside the others: threads that wait for each other would wait long
+
 SLOW = "SLOW" in os.environ
 slow = pytest.mark.skipif(not SLOW, reason="takes minutes: SLOW=1 python -m pytest test_all.py")
 
@@ -172,36 +174,10 @@ def test_attention_refuses_what_does_not_fit():
 
 
 # --- attention: the Triton kernels --------------------------------------------------------------------------------------
-# Triton either interprets or compiles, for the whole life of a process: both happen in processes of their own.
+# Triton either interprets or compiles, for the whole life of a process: both happen in processes of their own (see the end).
 
 INTERPRETED = ["modes", "random_shapes", "work", "poison", "low_precision", "strided_views", "decoding", "columns"]
 COMPILED = ["other_builds", "half", "float32", "bad_block"]
-
-
-@pytest.fixture(scope="module")
-def apart(tmp_path_factory):
-    """name -> future of `test_all.<name>()` in a process of its own; two at a time, each with one thread."""
-    common = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    common |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    here = os.path.dirname(os.path.abspath(__file__))
-    run = lambda name, **env: subprocess.run([sys.executable, "-c", f"import test_all; test_all.{name}()"], env=common | env,
-                                             text=True, capture_output=True, cwd=here)
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        futures = {f"interpreted_{name}": pool.submit(run, f"interpreted_{name}", TRITON_INTERPRET="1") for name in INTERPRETED}
-        yield futures | {f"compiled_{name}": pool.submit(run, f"compiled_{name}") for name in COMPILED}
-        pool.shutdown(cancel_futures=True)
-
-
-@pytest.mark.parametrize("name", INTERPRETED)
-def test_kernels_interpreted(apart, name):
-    done = apart[f"interpreted_{name}"].result()
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-@pytest.mark.parametrize("name", COMPILED)
-def test_kernels_compiled(apart, name):
-    done = apart[f"compiled_{name}"].result()
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def kernel_case(rng, lengths_q, lengths_k, n_kv_head=2, n_rep=2, head_dim=16, dtype=torch.float32, tol=2e-5, device="cpu", **options):
@@ -1375,47 +1351,6 @@ def launch(target, size, *args):
     return [child.exitcode for child in children]
 
 
-@pytest.fixture(scope="module")
-def trained_together(tmp_path_factory):
-    """The folder where 1, 2 and 4 processes (these by twos along the sequence) have trained each method."""
-    path = tmp_path_factory.mktemp("together")
-    save_model(Llama(eval_tasks.TINY).init_weights(0), path / "tiny")
-    save_model(Llama(dataclasses.replace(eval_tasks.TINY, vocab_size=400)).init_weights(0), path / "chat")
-    made_tokenizer(path / "chat")
-    (path / "chats.jsonl").write_text("\n".join(json.dumps({"question": f"{i} + 1 = ?", "answer": f"#### {i + 1}"}) for i in range(12)))
-    for size in (1, 2, 4):
-        assert launch(train_together, size, str(path), 0) == [130] * size
-    return path
-
-
-@pytest.mark.parametrize("name", TOGETHER)
-def test_several_processes_train_as_one(trained_together, name):
-    """The same losses within 1e-5 over 20 steps, the same checkpoint and folder; CEPE's three phases, gates along the sequence."""
-    losses, tensors, files = [], [], []
-    for size in SIZES[name]:
-        out = trained_together / f"{name}-{size}"
-        losses.append([row["loss"] for row in map(json.loads, open(out / "log.jsonl")) if row["event"] == "step"])
-        tensors.append(train.read_tensor_file(out / "checkpoint.safetensors"))
-        files.append(sorted(os.listdir(out)))
-    assert len(losses[0]) == 20 and losses[0][0] != losses[0][-1]
-    for i in range(1, len(losses)):
-        assert losses[i] == pytest.approx(losses[0], abs=1e-5)
-        assert files[i] == files[0] and {k: (v.shape, v.dtype) for k, v in tensors[i].items()} == {k: (v.shape, v.dtype) for k, v in tensors[0].items()}
-        for key, tensor in tensors[0].items():
-            if not key.startswith("optimizer"):  # Adam makes of the last bit of a gradient near 0 a step of either sign
-                assert (tensors[i][key] - tensor).abs().mean() <= 1e-5 * max(1, tensor.abs().mean()), key
-    if "model.safetensors" in files[0]:
-        whole = [train.read_tensor_file(trained_together / f"{name}-{size}" / "model.safetensors") for size in (1, SIZES[name][-1])]
-        assert whole[0].keys() == whole[1].keys() and all(torch.allclose(whole[0][k], whole[1][k], atol=1e-3) for k in whole[0])
-
-
-@pytest.mark.parametrize("name", TOGETHER)
-def test_a_run_comes_out_in_the_same_bits_again(trained_together, name):
-    """And no method needs an operation that --deterministic refuses."""
-    a, b = (train.read_tensor_file(trained_together / f"{name}-{kind}" / "checkpoint.safetensors") for kind in ("1", "again"))
-    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
 @pytest.mark.parametrize("name", ["lm", "prulong", "duo", "meco", "cepe", "ceped"])
 def test_bfloat16_products_stay_close(name):
     """Autocast changes a step's loss by less than 1e-3 of it (DuoAttention's, a distance near 0: 2 %) and the gradient by less than
@@ -1448,16 +1383,6 @@ def test_bfloat16_products_stay_close(name):
         assert 0 < (gradients[0] - gradients[1]).norm() < 0.03 * gradients[0].norm()
 
 
-def test_a_run_goes_on_with_another_number_of_processes(trained_together):
-    """Ctrl-C after ten steps saved; one process goes on from four, two from one, four from two, with the losses of a whole run."""
-    for size, before in ((1, 4), (2, 1), (4, 2)):
-        log = trained_together / f"half-{before}" / "log.jsonl"
-        assert [row["step"] for row in map(json.loads, open(log)) if row["event"] == "step"] == list(range(10))
-        assert launch(train_together, size, str(trained_together), before) == [0] * size
-        losses = [[row["loss"] for row in map(json.loads, open(path)) if row["event"] == "step"] for path in (log, trained_together / "lm-1" / "log.jsonl")]
-        assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-
-
 def evaluate_together(rank, size, port, cwd):
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
@@ -1484,7 +1409,8 @@ def test_torchrun_prints_once_and_refuses_what_does_not_divide(tmp_path):
                                        cwd=tmp_path, text=True, capture_output=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
     done = run("--out_dir", "a")
     assert done.returncode == 0 and done.stdout.count('"method": "lm"') == 1, done.stderr[-2000:]
-    assert "--seq_parallel 3 does not divide 2 processes" in run("--out_dir", "b", "--seq_parallel", "3").stderr
+    refused = script(code, *ARGS, "--out_dir", "b", "--seq_parallel", "3", cwd=tmp_path)
+    assert refused.returncode == 2 and "--seq_parallel 3 does not divide the number of processes, 1" in refused.stderr and not (tmp_path / "b").exists()
 
 
 def test_batches_are_divided_by_whole_documents():
@@ -1703,19 +1629,6 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
         save_model(small(seed=1), tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
-
-def test_prulong_beats_random_masks_on_a_trained_model(tmp_path):
-    """The claim itself, on the tiny model: 3 of 12 heads recall what 12 do, random ones do not. About half a minute."""
-    model = eval_tasks.tiny_model(0, str(tmp_path / "tiny"), log=lambda line: None)
-    again = eval_tasks.tiny_model(0, str(tmp_path / "tiny"))
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
-    config, data = train.Config(lr=0.0, **(DEFAULTS | {"min_lr": 0.01})), train.FactData(128, 8)
-    method = prulong.PruLong(model, prulong.Config(), 0)
-    train.fit(method, model, [train.Stage(0, 100, None, None, data)], config, str(tmp_path), {"method": "prulong"}, contextlib.nullcontext)
-    mask = prulong.discretise(method.scores(), 0.75)
-    masks = [torch.ones(3, 4, dtype=torch.bool), mask, *train.random_masks((3, 4), 0.75, 8, 0)]
-    _, _, (full, learned, *random) = train.score_masks(model, data, masks, 4, 32, config, contextlib.nullcontext)
-    assert full > 0.98 and learned > 0.95 and sum(random) / 8 < 0.6, (full, learned, random)
 
 # --- eviction -----------------------------------------------------------------------------------------------------------
 
@@ -3183,3 +3096,113 @@ def test_files_import_only_lower_levels():
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
             for other in names:
                 assert level.get(other, -1) < own, f"{name}.py imports {other}"
+
+
+# --- work for processes of their own, begun before the first test; its tests come last and find most of it done -------------------------
+
+def train_by(sizes, path):
+    """The folder where 1, 2 and 4 processes (these by twos along the sequence) have trained each method of TOGETHER."""
+    save_model(Llama(eval_tasks.TINY).init_weights(0), path / "tiny")
+    save_model(Llama(dataclasses.replace(eval_tasks.TINY, vocab_size=400)).init_weights(0), path / "chat")
+    made_tokenizer(path / "chat")
+    (path / "chats.jsonl").write_text("\n".join(json.dumps({"question": f"{i} + 1 = ?", "answer": f"#### {i + 1}"}) for i in range(12)))
+    for size in sizes:
+        assert launch(train_together, size, str(path), 0) == [130] * size
+    return path
+
+
+def beat_random_masks(tmp_path):
+    """The claim itself, on the tiny model: 3 of 12 heads recall what 12 do, random ones do not. About half a minute."""
+    model = eval_tasks.tiny_model(0, str(tmp_path / "tiny"), log=lambda line: None)
+    again = eval_tasks.tiny_model(0, str(tmp_path / "tiny"))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters()))
+    config, data = train.Config(lr=0.0, **(DEFAULTS | {"min_lr": 0.01})), train.FactData(128, 8)
+    method = prulong.PruLong(model, prulong.Config(), 0)
+    train.fit(method, model, [train.Stage(0, 100, None, None, data)], config, str(tmp_path), {"method": "prulong"}, contextlib.nullcontext)
+    mask = prulong.discretise(method.scores(), 0.75)
+    masks = [torch.ones(3, 4, dtype=torch.bool), mask, *train.random_masks((3, 4), 0.75, 8, 0)]
+    _, _, (full, learned, *random) = train.score_masks(model, data, masks, 4, 32, config, contextlib.nullcontext)
+    assert full > 0.98 and learned > 0.95 and sum(random) / 8 < 0.6, (full, learned, random)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def apart(request, tmp_path_factory):
+    """name -> future of what the selected tests want, two at a time, each process with one thread."""
+    wanted = [item.name for item in request.session.items]
+    common = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    common |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    here = os.path.dirname(os.path.abspath(__file__))
+    run = lambda name, **env: subprocess.run([sys.executable, "-c", f"import test_all; test_all.{name}()"], env=common | env,
+                                             text=True, capture_output=True, cwd=here)
+    futures = {}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for kind, names, env in (("interpreted", INTERPRETED, {"TRITON_INTERPRET": "1"}), ("compiled", COMPILED, {})):
+            for name in names:
+                if f"test_kernels_{kind}[{name}]" in wanted:
+                    futures[f"{kind}_{name}"] = pool.submit(run, f"{kind}_{name}", **env)
+        if "test_prulong_beats_random_masks_on_a_trained_model" in wanted:
+            child = server.Process(target=beat_random_masks, args=(tmp_path_factory.mktemp("claim"),))
+            futures["claim"] = pool.submit(lambda: (child.start(), child.join(), child.exitcode))
+        if any(name.startswith(("test_several_processes_train", "test_a_run_")) for name in wanted):
+            futures["trained"] = pool.submit(train_by, (1, 2, 4), tmp_path_factory.mktemp("together"))
+        yield futures
+        pool.shutdown(cancel_futures=True)
+
+
+def test_prulong_beats_random_masks_on_a_trained_model(apart):
+    assert apart["claim"].result()[-1] == 0
+
+
+@pytest.fixture
+def trained_together(apart):
+    return apart["trained"].result()
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_kernels_interpreted(apart, name):
+    done = apart[f"interpreted_{name}"].result()
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_kernels_compiled(apart, name):
+    done = apart[f"compiled_{name}"].result()
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_several_processes_train_as_one(trained_together, name):
+    """The same losses within 1e-5 over 20 steps, the same checkpoint and folder; CEPE's three phases, gates along the sequence."""
+    losses, tensors, files = [], [], []
+    for size in SIZES[name]:
+        out = trained_together / f"{name}-{size}"
+        losses.append([row["loss"] for row in map(json.loads, open(out / "log.jsonl")) if row["event"] == "step"])
+        tensors.append(train.read_tensor_file(out / "checkpoint.safetensors"))
+        files.append(sorted(os.listdir(out)))
+    assert len(losses[0]) == 20 and losses[0][0] != losses[0][-1]
+    for i in range(1, len(losses)):
+        assert losses[i] == pytest.approx(losses[0], abs=1e-5)
+        assert files[i] == files[0] and {k: (v.shape, v.dtype) for k, v in tensors[i].items()} == {k: (v.shape, v.dtype) for k, v in tensors[0].items()}
+        for key, tensor in tensors[0].items():
+            if not key.startswith("optimizer"):  # Adam makes of the last bit of a gradient near 0 a step of either sign
+                assert (tensors[i][key] - tensor).abs().mean() <= 1e-5 * max(1, tensor.abs().mean()), key
+    if "model.safetensors" in files[0]:
+        whole = [train.read_tensor_file(trained_together / f"{name}-{size}" / "model.safetensors") for size in (1, SIZES[name][-1])]
+        assert whole[0].keys() == whole[1].keys() and all(torch.allclose(whole[0][k], whole[1][k], atol=1e-3) for k in whole[0])
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_a_run_comes_out_in_the_same_bits_again(trained_together, name):
+    """And no method needs an operation that --deterministic refuses."""
+    a, b = (train.read_tensor_file(trained_together / f"{name}-{kind}" / "checkpoint.safetensors") for kind in ("1", "again"))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(trained_together):
+    """Ctrl-C after ten steps saved; one process goes on from four, two from one, four from two, with the losses of a whole run."""
+    for size, before in ((1, 4), (2, 1), (4, 2)):
+        log = trained_together / f"half-{before}" / "log.jsonl"
+        assert [row["step"] for row in map(json.loads, open(log)) if row["event"] == "step"] == list(range(10))
+        assert launch(train_together, size, str(trained_together), before) == [0] * size
+        losses = [[row["loss"] for row in map(json.loads, open(path)) if row["event"] == "step"] for path in (log, trained_together / "lm-1" / "log.jsonl")]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-5)

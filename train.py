@@ -468,8 +468,6 @@ def state_like(optimizer):
 def spread(model, method, config):
     """Begin on all processes with the first one's weights and keep a share of them on each (FSDP2); vlorp keeps all on each."""
     rank, size = processes()
-    if size % config.seq_parallel:
-        raise ValueError(f"--seq_parallel {config.seq_parallel} does not divide {size} processes")
     if size == 1:
         return
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -1032,6 +1030,8 @@ def main(argv=None):
         settings = cepe_defaults(config, settings)
     check_device(config.device)
     join_processes(config.device)
+    if processes()[1] % config.seq_parallel:
+        raise ValueError(f"--seq_parallel {config.seq_parallel} does not divide the number of processes, {processes()[1]}")
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch.use_deterministic_algorithms wants it
         torch.use_deterministic_algorithms(True)
