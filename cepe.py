@@ -11,6 +11,7 @@ CEPED distils instead of needing instruction data: 1 CE + 2 KL(frozen decoder th
 Paper: "Long-Context Language Modeling with Parallel Context Encoding", arXiv:2402.16617, and its released code.
 
     python cepe.py                                       # entity stream: perplexity against chunks, cost beside full attention
+    python cepe.py --stream facts                        # exact recall, and what it hangs on
     python train.py --method cepe --model DIR --data SRC --context 2048 --seq_len 4096
     python train.py --method ceped --model DIR --data SRC ...
 """
@@ -29,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from attention_triton import attention
+from eval_tasks import fact_stream, tiny_model
 from model import (Batch, KVCache, Linear, Llama, LlamaConfig, RMSNorm, Trunk, causal, cross_entropy, dealt, flag, generate, lay_together, number, parse,
                    read_json, read_tensors, run, save_model, summed, warmup_cosine, weight_files, write_json)
 
@@ -39,6 +41,7 @@ class Config:
     chunk_size: int | None = flag(None, "tokens that the encoder reads at once (default: 256; entity stream 16)", low=1)
     enc_layers: int | None = flag(None, "layers of a fresh encoder (default: 6; entity stream 2; official: 24)", low=1, high=200)
     enc_width: int | None = flag(None, "width of a fresh encoder, at most the decoder's (default: 256; entity stream 48; official: 1024)", low=8, high=16384)
+    enc_init: str | None = flag(None, "of the encoder: fresh (embeddings are columns of the decoder's), or decoder: its first layers, at its width (default: fresh)", choices=("fresh", "decoder"))
     decoder_steps: int = flag(1000, "entity stream: that train its decoder first", low=1)
     init: str | None = flag(None, "of the cross-attention's output: copy of the self-attention's, or zero: the first step changes nothing (default: copy; "
                                   "entity stream zero)", choices=("copy", "zero"))
@@ -157,8 +160,9 @@ def split_chunks(n, size):
     return [*range(0, n, size), n] if n else [0]
 
 
-def extend(llama: Llama, encoder_config: LlamaConfig, init="copy", last_n=None, seed=0) -> CEPE:
+def extend(llama: Llama, encoder_config: LlamaConfig, init="copy", last_n=None, seed=0, enc_init="fresh") -> CEPE:
     """A CEPE around a Llama's own weights, frozen, with a fresh encoder whose embeddings begin as the first d_enc columns of the decoder's.
+    enc_init decoder: its layers too begin as the decoder's first ones (see first_layers); exact recall hangs on that, see recall_table.
 
     Cross-attention starts from the same layer's self-attention: q as it is, k and v by their first d_enc columns, the norm from the
     MLP's, o as it is (init copy) or 0. Raises ValueError if the encoder is wider than the decoder."""
@@ -172,6 +176,9 @@ def extend(llama: Llama, encoder_config: LlamaConfig, init="copy", last_n=None, 
     with torch.no_grad():
         for p in model.encoder.parameters():
             p.copy_(torch.randn(p.shape, generator=rng) * p.shape[1] ** -0.5 if p.dim() == 2 else torch.ones(p.shape))
+        if enc_init == "decoder":
+            for mine, own in zip(model.encoder.layers, llama.model.layers):
+                mine.load_state_dict(own.state_dict())
         rows = min(encoder_config.vocab_size, llama.config.vocab_size)
         model.encoder.embed_tokens.weight[:rows] = llama.model.embed_tokens.weight[:rows, :encoder_config.n_embd]
         for block in model.model.layers[llama.config.n_layer - model.last_n:]:
@@ -182,6 +189,11 @@ def extend(llama: Llama, encoder_config: LlamaConfig, init="copy", last_n=None, 
                 mine.weight.copy_(theirs.weight[:, :encoder_config.n_embd])
             cross.o_proj.weight.copy_(own.o_proj.weight) if init == "copy" else cross.o_proj.weight.zero_()
     return model.freeze()
+
+
+def first_layers(config: LlamaConfig, n_layer) -> LlamaConfig:
+    """The shape of an encoder that begins as a decoder's first n_layer layers, with a row of embeddings more, for masked tokens."""
+    return replace(config, n_layer=n_layer, vocab_size=config.vocab_size + 1, tie_embeddings=True)
 
 
 # --- checkpoints: the released layout -------------------------------------------------------------------------------------
@@ -480,28 +492,76 @@ def small_decoder(data, steps, seed):
     return model
 
 
+# --- fact stream: exact recall through the encoder -------------------------------------------------------------------------
+
+class FactsBefore:
+    """The tiny model's fact stream (eval_tasks.py) in two: 12 facts among filler, 160 tokens, then 16 queries, each with its answer."""
+
+    def __init__(self, n_seq=16):
+        self.n_seq = n_seq
+
+    def documents(self, rng, context=160, n_seq=None):
+        tokens = fact_stream(rng, n_seq or self.n_seq, 192, 12, 16, queries_last=True).batch.tokens.view(-1, 192).numpy()
+        return [(row[:context], row[context:]) for row in tokens]
+
+
+@torch.no_grad()
+def first_answers(model, documents, chunk_size, source):
+    """Share of keys whose first answer is the likeliest token. source of the facts: own chunks, others' (the next document's),
+    prepended to the decoder, or none."""
+    right, asked = 0, 0
+    for i, (before, main) in enumerate(documents):
+        before, main = torch.as_tensor(documents[(i + 1) % len(documents)][0] if source == "others'" else before), torch.as_tensor(main)
+        if source == "prepended":
+            hidden = Llama.hidden(model, torch.cat((before, main)))[len(before):]
+        elif source == "none":
+            hidden = Llama.hidden(model, main)
+        else:
+            hidden = model.hidden(main, context=model.context(before, split_chunks(len(before), chunk_size)))
+        keys = main[::2].tolist()
+        first = torch.tensor([2 * i for i, key in enumerate(keys) if key not in keys[:i]])  # later answers stand in the main text
+        right += int((F.linear(hidden[first], model.head).argmax(-1) == main[first + 1]).sum())
+        asked += len(first)
+    return right / asked
+
+
+def recall_table(config):
+    """Exact recall against how encoder and cross-attention begin."""
+    decoder, data, start = tiny_model(config.seed, f"out/tiny-seed{config.seed}"), FactsBefore(), time.perf_counter()
+    small = LlamaConfig(decoder.config.vocab_size + 1, n_layer=2, n_head=2, n_kv_head=2, n_embd=48, n_ff=144, head_dim=24, tie_embeddings=True)
+    first = first_layers(decoder.config, 1)
+    documents = data.documents(np.random.default_rng([config.seed, 2]), n_seq=64)
+    rows = {"decoder's first layer": (first, "copy", None, "decoder"), "the same, output zero": (first, "zero", None, "decoder"),
+            "the same, last layer only": (first, "copy", 1, "decoder"), "decoder's width, fresh layer": (first, "copy", None, "fresh"),
+            "small and fresh": (small, "copy", None, "fresh"), "small and fresh, output zero": (small, "zero", None, "fresh")}
+    sources = ("own", "others'", "prepended", "none")
+    print(f"share of right first answers after {config.steps} steps, seed {config.seed}\n\n| encoder at first | " + " | ".join(sources) + " |\n|---|" + "---|" * len(sources))
+    for name, (encoder, init, last_n, enc_init) in rows.items():
+        model = train_small(extend(decoder, encoder, init, last_n, config.seed, enc_init), data, Config(context=160, chunk_size=32, mlm=0.0, duplicate=0.0), config)
+        print(f"| {name} | " + " | ".join(f"{first_answers(model, documents, 32, source):.2f}" for source in sources) + " |", flush=True)
+    print(f"\n{time.perf_counter() - start:.0f} seconds; own: the document's chunks in the encoder; chance is 0.12")
+
+
 # --- demo -----------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Demo:
-    decoder_steps: int = flag(1000, "that train the decoder", low=1)
-    steps: int = flag(1500, "that train encoder and cross-attention, with 4 chunks", low=3)
-    lr: float = flag(6e-3, "of encoder and cross-attention", low=0)
-    duplicate: float = flag(0.05, "share of the steps in which encoder and decoder read the same tokens", low=0, high=1)
-    init: str = flag("zero", "of the cross-attention's output", choices=("copy", "zero"))
-    enc_layers: int = flag(2, "of the encoder", low=1)
+    stream: str = flag("entities", "entities: perplexity against chunks and costs; facts: exact recall", choices=("entities", "facts"))
+    decoder_steps: int = flag(1000, "entities: that train the decoder", low=1)
+    steps: int | None = flag(None, "that train encoder and cross-attention (default: entities 1500, facts 400)", low=3)
+    lr: float | None = flag(None, "of encoder and cross-attention (default: entities 6e-3, facts 5e-3)", low=0)
+    duplicate: float = flag(0.05, "entities: share of the steps in which encoder and decoder read the same tokens", low=0, high=1)
+    init: str = flag("zero", "entities: of the cross-attention's output", choices=("copy", "zero"))
+    enc_layers: int = flag(2, "entities: of the encoder", low=1)
     seed: int = flag(0, "of everything", low=0)
 
 
-def train_entities(data, decoder, config):
-    """Encoder and cross-attention on the entity stream: 4 chunks of 16 tokens before 16."""
-    encoder = LlamaConfig(data.vocab_size + 1, n_layer=config.enc_layers, n_head=2, n_kv_head=2, n_embd=48, n_ff=144, head_dim=24, tie_embeddings=True)
-    model = extend(decoder, encoder, config.init, seed=config.seed)
-    method = Expand(model, Config(context=64, chunk_size=16, mlm=0.0, duplicate=config.duplicate), config.seed)
+def train_small(model, data, settings, config):
+    """Train a CEPE's new parts on an embedded stream."""
+    method = Expand(model, settings, config.seed)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0)
     for step in tqdm(range(config.steps), desc="CEPE", unit="step", disable=None, leave=False):
-        rng = np.random.default_rng([config.seed, 1, step])
-        batch = method.batch(data, rng, step, config.steps)
+        batch = method.batch(data, np.random.default_rng([config.seed, 1, step]), step, config.steps)
         optimizer.param_groups[0]["lr"] = config.lr * method.lr_scale(step, config.steps, 0.04, 0.02)
         loss, _ = method.loss(model, batch, step, config.steps)
         loss.backward()
@@ -509,6 +569,21 @@ def train_entities(data, decoder, config):
         optimizer.step()
         optimizer.zero_grad()
     return model
+
+
+def entity_table(config):
+    """Perplexity of 16 tokens of the entity stream against the number of chunks before them; 4 chunks in training."""
+    start, data, counts = time.perf_counter(), Entities(), (0, 1, 2, 4, 8, 16)
+    decoder = small_decoder(data, config.decoder_steps, config.seed)
+    encoder = LlamaConfig(data.vocab_size + 1, n_layer=config.enc_layers, n_head=2, n_kv_head=2, n_embd=48, n_ff=144, head_dim=24, tie_embeddings=True)
+    settings = Config(context=64, chunk_size=16, mlm=0.0, duplicate=config.duplicate)
+    model = train_small(extend(decoder, encoder, config.init, seed=config.seed), data, settings, config)
+    documents = data.documents(np.random.default_rng([config.seed, 2]), 256, 256)
+    rows = {"best possible": data.best(documents, counts, 16)} | perplexities(model, documents, counts, 16)
+    print(f"perplexity of 16 tokens (trained with 4 chunks of 16), seed {config.seed}, {time.perf_counter() - start:.0f} seconds\n")
+    print("| chunks | " + " | ".join(map(str, counts)) + " |\n|---|" + "---|" * len(counts))
+    for name, values in rows.items():
+        print(f"| {name} | " + " | ".join(f"{x:.1f}" for x in values) + " |")
 
 
 @torch.no_grad()
@@ -537,16 +612,12 @@ def cost_table(lengths=(2048, 8192), window=512, chunk_size=256):
 
 
 def main():
-    config, = parse([Demo], description="CEPE on the entity stream: what more chunks are worth, and what they cost.")
-    start, data, counts = time.perf_counter(), Entities(), (0, 1, 2, 4, 8, 16)
-    decoder = small_decoder(data, config.decoder_steps, config.seed)
-    model = train_entities(data, decoder, config)
-    documents = data.documents(np.random.default_rng([config.seed, 2]), 256, 256)
-    rows = {"best possible": data.best(documents, counts, 16)} | perplexities(model, documents, counts, 16)
-    print(f"perplexity of 16 tokens (trained with 4 chunks of 16), seed {config.seed}, {time.perf_counter() - start:.0f} seconds\n")
-    print("| chunks | " + " | ".join(map(str, counts)) + " |\n|---|" + "---|" * len(counts))
-    for name, values in rows.items():
-        print(f"| {name} | " + " | ".join(f"{x:.1f}" for x in values) + " |")
+    config, = parse([Demo], description="CEPE on small streams: what more chunks are worth and cost, or what exact recall hangs on.")
+    facts = config.stream == "facts"
+    config = replace(config, steps=config.steps or (400 if facts else 1500), lr=(5e-3 if facts else 6e-3) if config.lr is None else config.lr)
+    if facts:
+        return recall_table(config)
+    entity_table(config)
     print("\nrandom weights, float32: 4 layers of width 128, encoder 2 of 64, the last 512 tokens in the decoder; best of 3\n")
     cost_table()
 

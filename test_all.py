@@ -2960,6 +2960,28 @@ def test_cepe_trains_end_to_end(tmp_path, monkeypatch, capsys):
             train.main(["--method", "cepe", "--model", "m", *args, *bad, "--out_dir", "d"])
 
 
+def test_an_encoder_can_begin_as_the_decoders_first_layers(tmp_path, monkeypatch, capsys):
+    """Every weight of it is the decoder's, and stays apart from it; from there, exact recall comes where a fresh encoder has none."""
+    decoder = eval_tasks.tiny_start(0)
+    model = cepe.extend(decoder, cepe.first_layers(decoder.config, 2), enc_init="decoder")
+    for mine, own in zip(model.encoder.layers, decoder.model.layers):
+        assert all(torch.equal(p, q) and p.data_ptr() != q.data_ptr() for p, q in zip(mine.parameters(), own.parameters()))
+    assert torch.equal(model.encoder.embed_tokens.weight[:-1], decoder.model.embed_tokens.weight)
+    documents = cepe.FactsBefore(3).documents(np.random.default_rng(0))
+    facts = eval_tasks.fact_stream(np.random.default_rng(0), 3, 192, 12, 16, queries_last=True)
+    for i, (before, main) in enumerate(documents):  # all facts before, all queries after
+        told = {int(x - eval_tasks.FACT) // 8: int(x - eval_tasks.FACT) % 8 for x in before if eval_tasks.FACT <= x < eval_tasks.QUERY}
+        assert len(told) == 12 and all(told[int(k - eval_tasks.QUERY)] == int(v - eval_tasks.ANSWER) for k, v in zip(main[::2], main[1::2]))
+        assert len(before) + len(main) == 192 and ((facts.query // 192 == i).sum() == 16)
+    assert 0 <= cepe.first_answers(model, documents, 32, "own") <= 1
+    monkeypatch.chdir(tmp_path)
+    train.main("--method cepe --enc_init decoder --enc_layers 1 --decoder_steps 2 --steps 2 --eval_seqs 2".split())
+    assert cepe.load_cepe("out/cepe").encoder_config.n_embd == 64
+    for flags, words in (("--enc_init decoder --enc_layers 3", "has 2 to begin as"), ("--enc_init decoder --enc_width 32", "means nothing")):
+        with pytest.raises(ValueError, match=words):
+            train.main(f"--method cepe --decoder_steps 1 --out_dir x {flags}".split())
+
+
 # --- MeCo -----------------------------------------------------------------------------------------------------------------
 
 def test_hosts_and_metadata():

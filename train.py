@@ -923,6 +923,10 @@ def build_cepe(config, settings, dtype):
         llama = load_model(config.model, config.device)
     else:
         llama = cepe.small_decoder(cepe.Entities(), settings.decoder_steps, config.seed).to(config.device)
+    if settings.enc_init == "decoder":
+        if settings.enc_layers > llama.config.n_layer:
+            raise ValueError(f"--enc_layers {settings.enc_layers}: the decoder has {llama.config.n_layer} to begin as")
+        return cepe.extend(llama, cepe.first_layers(llama.config, settings.enc_layers), settings.init, settings.last_n, config.seed, "decoder")
     width = settings.enc_width
     head_dim = 64 if width >= 128 else width // 2
     if width % head_dim or head_dim % 2:
@@ -976,8 +980,10 @@ def build_stages(config, settings, vocab_size) -> list:
 
 def cepe_defaults(config, settings):
     """Defaults of cepe.Config that depend on the data."""
-    defaults = dict(context=64, chunk_size=16, enc_layers=2, enc_width=48, init="zero", mlm=0.0, duplicate=0.05) if config.data == "entities" else \
-        dict(context=config.seq_len // 2, chunk_size=256, enc_layers=6, enc_width=256, init="copy", mlm=0.2, duplicate=0.2)
+    if settings.enc_init == "decoder" and settings.enc_width is not None:
+        raise ValueError("--enc_width means nothing with --enc_init decoder: the decoder's is taken")
+    defaults = dict(context=64, chunk_size=16, enc_layers=2, enc_width=48, enc_init="fresh", init="zero", mlm=0.0, duplicate=0.05) if config.data == "entities" else \
+        dict(enc_init="fresh", context=config.seq_len // 2, chunk_size=256, enc_layers=6, enc_width=256, init="copy", mlm=0.2, duplicate=0.2)
     return dataclasses.replace(settings, **{k: v for k, v in defaults.items() if getattr(settings, k) is None})
 
 
