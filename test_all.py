@@ -1599,7 +1599,10 @@ def test_bad_command_lines_end_in_one_line_and_exit_2(tmp_path, monkeypatch, cap
              (["--window", "8"], "--window"), (["--method", "prulong", "--window", "500"], "--window 500"), (["--model", "nowhere"], "nowhere"),
              (["--data", "empty"], "empty"), (["--data", "nowhere"], "nowhere"), (["--resume", "--out_dir", "none"], "no checkpoint"),
              (["--out_dir", "full"], "not empty"), (["--resume", "--overwrite"], "exclude"), (["--device", "foo"], "foo"), (["--clip", "inf"], "--clip"), (["--seed", "99999999999"], "--seed"), (["--seq_len", "32"], "--seq_len"),
-             (["--method", "prulong", "--data", "empty"], "--model"), (["--method", "prulong", "--train", "weights"], "--heads")]
+             (["--method", "prulong", "--data", "empty"], "--model"), (["--method", "prulong", "--train", "weights"], "--heads"),
+             (["--n_random", "3"], "--method prulong or duo"), (["--method", "cepe", "--kl", "1"], "--method ceped"), (["--method", "meco", "--top_share", "0.1"], "topk"),
+             (["--method", "meco", "--mode", "url", "--cooldown", "0.2"], "--mode meco"), (["--method", "vlorp", "--scheme", "original", "--at_refresh", "reset"], "--scheme"),
+             (["--method", "cepe", "--model", "x", "--data", "stdlib", "--decoder_steps", "5"], "x/config.json"), (["--seq_parallel", "2"], "--seq_parallel 2")]
     for args, words in cases:
         monkeypatch.setattr(sys, "argv", ["train.py", *args])
         with pytest.raises(SystemExit) as stop:

@@ -987,6 +987,24 @@ def cepe_defaults(config, settings):
     return dataclasses.replace(settings, **{k: v for k, v in defaults.items() if getattr(settings, k) is None})
 
 
+def check_used(config, settings):
+    """Raises ValueError for a flag that was set and that this run would not look at. Both as they were parsed."""
+    get = lambda name: getattr(settings, name, None)
+    has_encoder = config.method in ("cepe", "ceped") and config.model and "encoder_config" in read_json(os.path.join(config.model, "config.json"))
+    rules = ((config, ("n_random", "baseline"), config.method in ("prulong", "duo"), "--method prulong or duo"),
+             (settings, ("kl", "top_k"), config.method == "ceped", "--method ceped"),
+             (settings, ("decoder_steps",), not config.model, "the embedded model, without --model"),
+             (settings, ("enc_init", "enc_layers", "enc_width", "init", "last_n"), not has_encoder, "a model that has no encoder yet"),
+             (settings, ("top_share",), get("metadata") == "topk", "--metadata topk"),
+             (settings, ("cooldown",), get("mode") in ("meco", "mix"), "--mode meco or mix"),
+             (settings, ("at_refresh",), get("scheme") != "original", "a --scheme that keeps projections"))
+    for flags, names, used, wanted in rules:
+        fields = {f.name: f.default for f in dataclasses.fields(flags)} if flags else {}
+        for name in names:
+            if name in fields and not used and getattr(flags, name) != fields[name]:
+                raise ValueError(f"--{name} means nothing here: it is for {wanted}")
+
+
 def fill_defaults(config, settings):
     """Defaults that depend on other flags."""
     if config.stages is not None:
@@ -1031,6 +1049,7 @@ def main(argv=None):
     parsed = parse([Config, method_config] if method_config else [Config], argv, __doc__.split("\n")[0] +
                    " More flags come with --method prulong, duo and vlorp.")
     settings = parsed[1] if method_config else None
+    check_used(parsed[0], settings)
     config = fill_defaults(parsed[0], settings)
     if config.method in ("cepe", "ceped"):
         settings = cepe_defaults(config, settings)
@@ -1052,8 +1071,6 @@ def main(argv=None):
             raise ValueError("--eval_seqs 1: other documents' chunks need another document")
         if settings.mlm + settings.duplicate >= 1:
             raise ValueError(f"--mlm {settings.mlm} and --duplicate {settings.duplicate} leave no step to read what came before")
-        if config.method == "cepe" and settings.top_k:
-            raise ValueError("--top_k means nothing without distillation: --method ceped")
     if config.method in ("prulong", "duo") and settings.window + settings.sink >= config.seq_len:
         raise ValueError(f"--sink {settings.sink} and --window {settings.window} show a streaming head all of --seq_len {config.seq_len}")
     llama = load_config(config.model) if config.model else TINY
