@@ -11,9 +11,9 @@ CEPED distils instead of needing instruction data: 1 CE + 2 KL(frozen decoder th
 Paper: "Long-Context Language Modeling with Parallel Context Encoding", arXiv:2402.16617, and its released code.
 
     python cepe.py                                       # entity stream: perplexity against chunks, cost beside full attention
-    python cepe.py --stream facts                        # exact recall, and what it hangs on
     python train.py --method cepe --model DIR --data SRC --context 2048 --seq_len 4096
     python train.py --method ceped --model DIR --data SRC ...
+    python train.py --method cepe --data facts           # exact recall: the embedded tiny model, facts in the encoder
 """
 import contextlib
 import math
@@ -30,25 +30,24 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from attention_triton import attention
-from eval_tasks import fact_stream, tiny_model
 from model import (Batch, KVCache, Linear, Llama, LlamaConfig, RMSNorm, Trunk, causal, cross_entropy, dealt, flag, generate, lay_together, number, parse,
                    read_json, read_tensors, run, save_model, summed, warmup_cosine, weight_files, write_json)
 
 
 @dataclass
 class Config:
-    context: int | None = flag(None, "tokens of each sequence that go to the encoder, the rest is the decoder's (default: half of --seq_len; entity stream 64)", low=1)
-    chunk_size: int | None = flag(None, "tokens that the encoder reads at once (default: 256; entity stream 16)", low=1)
-    enc_layers: int | None = flag(None, "layers of a fresh encoder (default: 6; entity stream 2; official: 24)", low=1, high=200)
+    context: int | None = flag(None, "tokens of each sequence that go to the encoder, the rest is the decoder's (default: half of --seq_len; entity stream 64, facts 192)", low=1)
+    chunk_size: int | None = flag(None, "tokens that the encoder reads at once (default: 256; entity stream 16, facts 32)", low=1)
+    enc_layers: int | None = flag(None, "layers of a fresh encoder (default: 6; entity stream 2, facts 1; official: 24)", low=1, high=200)
     enc_width: int | None = flag(None, "width of a fresh encoder, at most the decoder's (default: 256; entity stream 48; official: 1024)", low=8, high=16384)
-    enc_init: str | None = flag(None, "of the encoder: fresh (embeddings are columns of the decoder's), or decoder: its first layers, at its width (default: fresh)", choices=("fresh", "decoder"))
+    enc_init: str | None = flag(None, "of the encoder: fresh (embeddings are columns of the decoder's), or decoder: its first layers, at its width (default: fresh; facts decoder)", choices=("fresh", "decoder"))
     decoder_steps: int = flag(1000, "entity stream: that train its decoder first", low=1)
     init: str | None = flag(None, "of the cross-attention's output: copy of the self-attention's, or zero: the first step changes nothing (default: copy; "
                                   "entity stream zero)", choices=("copy", "zero"))
     last_n: int | None = flag(None, "layers with cross-attention, counted from the top (default: all)", low=1)
-    mlm: float | None = flag(None, "share of the steps that first train the encoder to fill in masked tokens (default: 0.2; entity stream 0)", low=0, high=1)
+    mlm: float | None = flag(None, "share of the steps that first train the encoder to fill in masked tokens (default: 0.2; embedded streams 0)", low=0, high=1)
     mlm_rate: float = flag(0.3, "share of the tokens masked", low=0.01, high=0.99)
-    duplicate: float | None = flag(None, "share of the steps in which encoder and decoder then read the same tokens (default: 0.2; entity stream 0.05)", low=0, high=1)
+    duplicate: float | None = flag(None, "share of the steps in which encoder and decoder then read the same tokens (default: 0.2; entity stream 0.05, facts 0)", low=0, high=1)
     mask_chunks: float = flag(0.0, "share of the chunks that are cut short or (a tenth of them) left out, but never all of a document's (official, random encoder: 0.3)", low=0, high=1)
     kl: float = flag(2.0, "ceped: weight of the distillation, beside 1 of cross-entropy", low=0)
     top_k: int = flag(0, "ceped: distil the teacher's k likeliest tokens and the rest as one; 0: the whole vocabulary (official, stored: 50)", low=0)
@@ -162,7 +161,7 @@ def split_chunks(n, size):
 
 def extend(llama: Llama, encoder_config: LlamaConfig, init="copy", last_n=None, seed=0, enc_init="fresh") -> CEPE:
     """A CEPE around a Llama's own weights, frozen, with a fresh encoder whose embeddings begin as the first d_enc columns of the decoder's.
-    enc_init decoder: its layers too begin as the decoder's first ones (see first_layers); exact recall hangs on that, see recall_table.
+    enc_init decoder: its layers too begin as the decoder's first ones (see first_layers); exact recall hangs on that (README).
 
     Cross-attention starts from the same layer's self-attention: q as it is, k and v by their first d_enc columns, the norm from the
     MLP's, o as it is (init copy) or 0. Raises ValueError if the encoder is wider than the decoder."""
@@ -444,6 +443,28 @@ def perplexities(model, documents, counts, chunk_size, last=None, autocast=conte
     return rows
 
 
+@torch.no_grad()
+def first_answers(model, documents, chunk_size, source):
+    """Share of right first answers: main texts alternate keys and values told in the context, and the likeliest token after a key's first
+    mention is looked at. source: the own context in chunks, that of others (the next document), prepended to the decoder, or none."""
+    right, asked = 0, 0
+    for i in dealt(range(len(documents))):
+        before, main = documents[i]
+        before, main = (torch.as_tensor(x).to(model.head.device) for x in (documents[(i + 1) % len(documents)][0] if source == "others" else before, main))
+        if source == "prepended":
+            hidden = Llama.hidden(model, torch.cat((before, main)))[len(before):]
+        elif source == "none":
+            hidden = Llama.hidden(model, main)
+        else:
+            hidden = model.hidden(main, context=model.context(before, split_chunks(len(before), chunk_size)))
+        keys = main[::2].tolist()
+        first = torch.tensor([2 * i for i, key in enumerate(keys) if key not in keys[:i]])  # later answers stand in the main text
+        right += int((F.linear(hidden[first], model.head).argmax(-1) == main[first + 1]).sum())
+        asked += len(first)
+    right, asked = summed([right, asked])
+    return right / asked
+
+
 # --- entity stream: data on which context is worth a known amount ---------------------------------------------------------
 
 class Entities:
@@ -492,67 +513,16 @@ def small_decoder(data, steps, seed):
     return model
 
 
-# --- fact stream: exact recall through the encoder -------------------------------------------------------------------------
-
-class FactsBefore:
-    """The tiny model's fact stream (eval_tasks.py) in two: 12 facts among filler, 160 tokens, then 16 queries, each with its answer."""
-
-    def __init__(self, n_seq=16):
-        self.n_seq = n_seq
-
-    def documents(self, rng, context=160, n_seq=None):
-        tokens = fact_stream(rng, n_seq or self.n_seq, 192, 12, 16, queries_last=True).batch.tokens.view(-1, 192).numpy()
-        return [(row[:context], row[context:]) for row in tokens]
-
-
-@torch.no_grad()
-def first_answers(model, documents, chunk_size, source):
-    """Share of keys whose first answer is the likeliest token. source of the facts: own chunks, others' (the next document's),
-    prepended to the decoder, or none."""
-    right, asked = 0, 0
-    for i, (before, main) in enumerate(documents):
-        before, main = torch.as_tensor(documents[(i + 1) % len(documents)][0] if source == "others'" else before), torch.as_tensor(main)
-        if source == "prepended":
-            hidden = Llama.hidden(model, torch.cat((before, main)))[len(before):]
-        elif source == "none":
-            hidden = Llama.hidden(model, main)
-        else:
-            hidden = model.hidden(main, context=model.context(before, split_chunks(len(before), chunk_size)))
-        keys = main[::2].tolist()
-        first = torch.tensor([2 * i for i, key in enumerate(keys) if key not in keys[:i]])  # later answers stand in the main text
-        right += int((F.linear(hidden[first], model.head).argmax(-1) == main[first + 1]).sum())
-        asked += len(first)
-    return right / asked
-
-
-def recall_table(config):
-    """Exact recall against how encoder and cross-attention begin."""
-    decoder, data, start = tiny_model(config.seed, f"out/tiny-seed{config.seed}"), FactsBefore(), time.perf_counter()
-    small = LlamaConfig(decoder.config.vocab_size + 1, n_layer=2, n_head=2, n_kv_head=2, n_embd=48, n_ff=144, head_dim=24, tie_embeddings=True)
-    first = first_layers(decoder.config, 1)
-    documents = data.documents(np.random.default_rng([config.seed, 2]), n_seq=64)
-    rows = {"decoder's first layer": (first, "copy", None, "decoder"), "the same, output zero": (first, "zero", None, "decoder"),
-            "the same, last layer only": (first, "copy", 1, "decoder"), "decoder's width, fresh layer": (first, "copy", None, "fresh"),
-            "small and fresh": (small, "copy", None, "fresh"), "small and fresh, output zero": (small, "zero", None, "fresh")}
-    sources = ("own", "others'", "prepended", "none")
-    print(f"share of right first answers after {config.steps} steps, seed {config.seed}\n\n| encoder at first | " + " | ".join(sources) + " |\n|---|" + "---|" * len(sources))
-    for name, (encoder, init, last_n, enc_init) in rows.items():
-        model = train_small(extend(decoder, encoder, init, last_n, config.seed, enc_init), data, Config(context=160, chunk_size=32, mlm=0.0, duplicate=0.0), config)
-        print(f"| {name} | " + " | ".join(f"{first_answers(model, documents, 32, source):.2f}" for source in sources) + " |", flush=True)
-    print(f"\n{time.perf_counter() - start:.0f} seconds; own: the document's chunks in the encoder; chance is 0.12")
-
-
 # --- demo -----------------------------------------------------------------------------------------------------------------
 
 @dataclass
 class Demo:
-    stream: str = flag("entities", "entities: perplexity against chunks and costs; facts: exact recall", choices=("entities", "facts"))
-    decoder_steps: int = flag(1000, "entities: that train the decoder", low=1)
-    steps: int | None = flag(None, "that train encoder and cross-attention (default: entities 1500, facts 400)", low=3)
-    lr: float | None = flag(None, "of encoder and cross-attention (default: entities 6e-3, facts 5e-3)", low=0)
-    duplicate: float = flag(0.05, "entities: share of the steps in which encoder and decoder read the same tokens", low=0, high=1)
-    init: str = flag("zero", "entities: of the cross-attention's output", choices=("copy", "zero"))
-    enc_layers: int = flag(2, "entities: of the encoder", low=1)
+    decoder_steps: int = flag(1000, "that train the decoder", low=1)
+    steps: int = flag(1500, "that train encoder and cross-attention", low=3)
+    lr: float = flag(6e-3, "of encoder and cross-attention", low=0)
+    duplicate: float = flag(0.05, "share of the steps in which encoder and decoder read the same tokens", low=0, high=1)
+    init: str = flag("zero", "of the cross-attention's output", choices=("copy", "zero"))
+    enc_layers: int = flag(2, "of the encoder", low=1)
     seed: int = flag(0, "of everything", low=0)
 
 
@@ -612,11 +582,7 @@ def cost_table(lengths=(2048, 8192), window=512, chunk_size=256):
 
 
 def main():
-    config, = parse([Demo], description="CEPE on small streams: what more chunks are worth and cost, or what exact recall hangs on.")
-    facts = config.stream == "facts"
-    config = replace(config, steps=config.steps or (400 if facts else 1500), lr=(5e-3 if facts else 6e-3) if config.lr is None else config.lr)
-    if facts:
-        return recall_table(config)
+    config, = parse([Demo], description="CEPE on the entity stream: what more chunks are worth, and what they cost.")
     entity_table(config)
     print("\nrandom weights, float32: 4 layers of width 128, encoder 2 of 64, the last 512 tokens in the decoder; best of 3\n")
     cost_table()

@@ -2955,7 +2955,7 @@ def test_cepe_trains_end_to_end(tmp_path, monkeypatch, capsys):
     train.main(["--method", "cepe", "--model", "m", *args, "--out_dir", "b"])
     first = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert first["chunks"] == [0, 1, 3] and all(math.isfinite(x) for row in first["rows"].values() for x in row)
-    train.main(["--method", "ceped", "--model", "b", *args, "--top_k", "5", "--mlm", "0", "--out_dir", "c"])  # goes on from a CEPE folder
+    train.main(["--method", "ceped", "--model", "b", *args[:4], *args[8:], "--top_k", "5", "--mlm", "0", "--out_dir", "c"])  # goes on from a CEPE folder
     model, decoder = cepe.load_cepe("c"), load_model("m")
     assert all(torch.equal(p, dict(model.named_parameters())[name]) for name, p in decoder.named_parameters())
     for bad, words in ((["--context", "95"], "fewer than 4"), (["--context", "40"], "multiple of --chunk_size"), (["--enc_width", "30"], "multiple"), (["--enc_width", "128"], "above"), (["--data", "entities"], "entities")):
@@ -2970,19 +2970,48 @@ def test_an_encoder_can_begin_as_the_decoders_first_layers(tmp_path, monkeypatch
     for mine, own in zip(model.encoder.layers, decoder.model.layers):
         assert all(torch.equal(p, q) and p.data_ptr() != q.data_ptr() for p, q in zip(mine.parameters(), own.parameters()))
     assert torch.equal(model.encoder.embed_tokens.weight[:-1], decoder.model.embed_tokens.weight)
-    documents = cepe.FactsBefore(3).documents(np.random.default_rng(0))
-    facts = eval_tasks.fact_stream(np.random.default_rng(0), 3, 192, 12, 16, queries_last=True)
+    documents = train.FactData(256, 3).documents(np.random.default_rng(0), 192)
+    facts = eval_tasks.fact_stream(np.random.default_rng(0), 3, 256, 12, 32, queries_last=True)
     for i, (before, main) in enumerate(documents):  # all facts before, all queries after
         told = {int(x - eval_tasks.FACT) // 8: int(x - eval_tasks.FACT) % 8 for x in before if eval_tasks.FACT <= x < eval_tasks.QUERY}
         assert len(told) == 12 and all(told[int(k - eval_tasks.QUERY)] == int(v - eval_tasks.ANSWER) for k, v in zip(main[::2], main[1::2]))
-        assert len(before) + len(main) == 192 and ((facts.query // 192 == i).sum() == 16)
-    assert 0 <= cepe.first_answers(model, documents, 32, "own") <= 1
+        assert len(before) == 192 and len(main) == 64 and (facts.query // 256 == i).sum() == 32
+    with pytest.raises(ValueError, match="the last 64 are the queries"):
+        train.FactData(256, 3).documents(np.random.default_rng(0), 191)
     monkeypatch.chdir(tmp_path)
     train.main("--method cepe --enc_init decoder --enc_layers 1 --decoder_steps 2 --steps 2 --eval_seqs 2".split())
     assert cepe.load_cepe("out/cepe").encoder_config.n_embd == 64
+    save_model(decoder, "out/tiny-seed0")
+    capsys.readouterr()
+    train.main("--method cepe --data facts --steps 2 --eval_seqs 2 --out_dir facts".split())
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert set(rows) == {"own", "others", "prepended", "none"} and all(0 <= x <= 1 for x in rows.values())
     for flags, words in (("--enc_init decoder --enc_layers 3", "has 2 to begin as"), ("--enc_init decoder --enc_width 32", "means nothing")):
         with pytest.raises(ValueError, match=words):
             train.main(f"--method cepe --decoder_steps 1 --out_dir x {flags}".split())
+
+
+class Reader:
+    """Knows what its context says of a key, and answers 0 otherwise: what first_answers counts can be counted by hand."""
+
+    head = torch.eye(eval_tasks.VOCAB)
+
+    def context(self, tokens, cu_chunks):
+        facts = [int(x) - eval_tasks.FACT for x in tokens if eval_tasks.FACT <= x < eval_tasks.QUERY]
+        return {x // eval_tasks.N_VALUE: x % eval_tasks.N_VALUE for x in facts}
+
+    def hidden(self, main, context):
+        return self.head[torch.tensor([eval_tasks.ANSWER + context.get(int(x) - eval_tasks.QUERY, 0) for x in main])]
+
+
+def test_first_answers_are_counted_once_a_key():
+    documents = train.FactData(256, 8).documents(np.random.default_rng(3), 192)
+    assert cepe.first_answers(Reader(), documents, 32, "own") == 1
+    right = []
+    for i, (_, main) in enumerate(documents):
+        told, first = Reader().context(documents[(i + 1) % 8][0], None), dict(reversed(list(zip(main[::2].tolist(), main[1::2].tolist()))))
+        right += [told.get(key - eval_tasks.QUERY, 0) == value - eval_tasks.ANSWER for key, value in first.items()]
+    assert 0 < sum(right) < len(right) and cepe.first_answers(Reader(), documents, 32, "others") == pytest.approx(sum(right) / len(right))
 
 
 # --- MeCo -----------------------------------------------------------------------------------------------------------------

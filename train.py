@@ -5,7 +5,7 @@
     python train.py --method lm --model DIR --data code=0.6:DIR,web=0.4:FILE.jsonl
     python train.py --method sft --model DIR --data CHATS.jsonl  # loss on the assistant's words
     python train.py --method vlorp --model DIR --data SRC --rank 1 --granularity 64
-    python train.py --method cepe --model DIR --data SRC --context 2048 --seq_len 4096      # or ceped; without both, the entity stream
+    python train.py --method cepe --model DIR --data SRC --context 2048 --seq_len 4096      # or ceped; embedded: --data entities or facts
     python train.py --method meco --model DIR --data FILE.jsonl  # lines {"text", "url"}; without --model and --data, site tables
     torchrun --nproc_per_node 8 train.py ...                     # the same run, by several processes; --seq_parallel 8 for long documents
 
@@ -58,8 +58,8 @@ class Config:
     steps: int | None = flag(None, "optimizer steps (default: 100)", low=1)
     stages: str | None = flag(None, "lm: instead of --steps and --seq_len LENGTH:STEPS[:ROPE_BASE[:LR]],...: the context grows, a micro-batch keeps its "
                                     "tokens, the schedule starts anew, the optimizer goes on; with ; in --data each stage has its own")
-    seq_len: int | None = flag(None, "tokens per sequence (default: facts 128, text 1024)", low=8)
-    batch: int | None = flag(None, "sequences per micro-batch (default: facts 8, text 1)", low=1, high=10 ** 6)
+    seq_len: int | None = flag(None, "tokens per sequence (default: facts 128, for cepe 256, text 1024)", low=8)
+    batch: int | None = flag(None, "sequences per micro-batch (default: facts 8, for cepe 16, text 1)", low=1, high=10 ** 6)
     grad_accum: int = flag(1, "micro-batches per step; every target of a step weighs the same", low=1)
     lr: float | None = flag(None, "peak learning rate of the weights (default: 1e-5, without --model 4e-3)", low=0)
     min_lr: float | None = flag(None, "end of the cosine, as a share of the peak (default: 0.1, masks alone 0.01)", low=0, high=1)
@@ -150,6 +150,13 @@ class FactData:
         """Facts first and as many queries at the very end; only answers are targets."""
         batch = fact_stream(rng, self.n_seq, self.seq_len, needles, needles, queries_last=True).batch
         return batch._replace(targets=torch.where(batch.weights == 1, batch.targets, -100))
+
+    def documents(self, rng, context, n_seq=None):
+        """n_seq pairs of facts and filler (`context` tokens) and the queries with their answers. Raises ValueError unless that is all else."""
+        if context + 2 * self.n_query != self.seq_len:
+            raise ValueError(f"--context {context}: of --seq_len {self.seq_len} tokens the last {2 * self.n_query} are the queries")
+        facts = fact_stream(rng, n_seq or self.n_seq, self.seq_len, self.n_fact, self.n_query, queries_last=True)
+        return [(row[:context], row[context:]) for row in facts.batch.tokens.view(-1, self.seq_len).numpy()]
 
 
 class TextData:
@@ -818,6 +825,15 @@ def report_chunks(model, data, config, settings, seconds, autocast):
     return {"score": "perplexity", "chunk_size": size, "chunks": counts, "rows": rows, "cpu_seconds": round(seconds, 2)}
 
 
+def report_answers(model, data, config, settings, seconds):
+    """Table and JSON of the share of right first answers, where the facts stand in the context."""
+    documents = data.documents(np.random.default_rng([config.seed, 2 ** 31]), settings.context, 4 * config.eval_seqs)
+    sources = {"own": "in its encoder", "others": "of others in its encoder", "prepended": "prepended to the decoder", "none": "nowhere"}
+    rows = {name: cepe.first_answers(model, documents, settings.chunk_size, name) for name in sources}
+    print("\n| facts | right first answers |\n|---|---|\n" + "".join(f"| {sources[name]} | {share:.3f} |\n" for name, share in rows.items()))
+    return {"score": "right first answers", "chunk_size": settings.chunk_size, "rows": rows, "cpu_seconds": round(seconds, 2)}
+
+
 def report_conditions(before, after, first, seconds):
     """Table and JSON of losses with no, the right and the wrong metadata, on the same document tokens."""
     print(f"\n| loss per token, of the first {first} | {' | '.join(after)} |\n|---|" + "---|" * len(after))
@@ -921,6 +937,8 @@ def build_cepe(config, settings, dtype):
         return cepe.load_cepe(config.model, config.device)
     if config.model:
         llama = load_model(config.model, config.device)
+    elif config.data == "facts":
+        llama = tiny_model(config.seed, f"out/tiny-seed{config.seed}").to(config.device)
     else:
         llama = cepe.small_decoder(cepe.Entities(), settings.decoder_steps, config.seed).to(config.device)
     if settings.enc_init == "decoder":
@@ -980,10 +998,13 @@ def build_stages(config, settings, vocab_size) -> list:
 
 def cepe_defaults(config, settings):
     """Defaults of cepe.Config that depend on the data."""
-    if settings.enc_init == "decoder" and settings.enc_width is not None:
+    if (settings.enc_init == "decoder" or settings.enc_init is None and config.data == "facts") and settings.enc_width is not None:
         raise ValueError("--enc_width means nothing with --enc_init decoder: the decoder's is taken")
-    defaults = dict(context=64, chunk_size=16, enc_layers=2, enc_width=48, enc_init="fresh", init="zero", mlm=0.0, duplicate=0.05) if config.data == "entities" else \
-        dict(enc_init="fresh", context=config.seq_len // 2, chunk_size=256, enc_layers=6, enc_width=256, init="copy", mlm=0.2, duplicate=0.2)
+    defaults = dict(context=config.seq_len // 2, chunk_size=256, enc_layers=6, enc_width=256, enc_init="fresh", init="copy", mlm=0.2, duplicate=0.2)
+    if config.data == "entities":
+        defaults |= dict(context=64, chunk_size=16, enc_layers=2, enc_width=48, init="zero", mlm=0.0, duplicate=0.05)
+    elif config.data == "facts":
+        defaults |= dict(context=192, chunk_size=32, enc_layers=1, enc_width=48, enc_init="decoder", mlm=0.0, duplicate=0.0)
     return dataclasses.replace(settings, **{k: v for k, v in defaults.items() if getattr(settings, k) is None})
 
 
@@ -993,7 +1014,7 @@ def check_used(config, settings):
     has_encoder = config.method in ("cepe", "ceped") and config.model and "encoder_config" in read_json(os.path.join(config.model, "config.json"))
     rules = ((config, ("n_random", "baseline"), config.method in ("prulong", "duo"), "--method prulong or duo"),
              (settings, ("kl", "top_k"), config.method == "ceped", "--method ceped"),
-             (settings, ("decoder_steps",), not config.model, "the embedded model, without --model"),
+             (settings, ("decoder_steps",), not config.model and config.data != "facts", "the entity stream, without --model"),
              (settings, ("enc_init", "enc_layers", "enc_width", "init", "last_n"), not has_encoder, "a model that has no encoder yet"),
              (settings, ("top_share",), get("metadata") == "topk", "--metadata topk"),
              (settings, ("cooldown",), get("mode") in ("meco", "mix"), "--mode meco or mix"),
@@ -1020,9 +1041,9 @@ def fill_defaults(config, settings):
     for name in unused:
         if getattr(config, name) is not None:
             raise ValueError(f"--{name} means nothing where only masks learn (see --mask_lr)")
-    defaults = dict(steps=100, data=data, out_dir=os.path.join("out", config.method), seq_len=128 if facts else 64 if sites else 80 if entities else 1024,
-                    batch=8 if facts else 16 if sites else 32 if entities else 1,
-                    lr=(3e-4 if expands else 1e-5) if config.model else 3e-3 if config.method == "meco" else 6e-3 if expands else 4e-3,
+    defaults = dict(steps=100, data=data, out_dir=os.path.join("out", config.method), seq_len=(256 if expands else 128) if facts else 64 if sites else 80 if entities else 1024,
+                    batch=(16 if expands else 8) if facts else 16 if sites else 32 if entities else 1,
+                    lr=(3e-4 if expands else 1e-5) if config.model else 3e-3 if config.method == "meco" else (5e-3 if facts else 6e-3) if expands else 4e-3,
                     baseline=facts, weight_decay=0.033 if config.method == "meco" else 0.0 if expands else 0.1, warmup=0.04 if expands else 0.05 if config.method == "meco" else 0.1,
                     min_lr=0.01 if masks_only else 0.1)
     config = dataclasses.replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
@@ -1033,10 +1054,8 @@ def fill_defaults(config, settings):
         raise ValueError("conversations want --model DIR and --data FILE.jsonl, FILE.json or problems")
     if config.method == "meco" and not (sites and not config.model or config.data.endswith(".jsonl")) or sites and config.method != "meco":
         raise ValueError("--method meco wants --data FILE.jsonl, or no --model and --data sites, which no other method takes")
-    if expands != entities and (entities or not config.model):
-        raise ValueError("--method cepe and ceped want --model DIR, or neither --model nor --data; no other method takes --data entities")
-    if entities and config.model:
-        raise ValueError("--data entities is for the embedded model")
+    if entities and not expands or expands and bool(config.model) == (entities or facts):
+        raise ValueError("--method cepe and ceped want --model DIR and text, or no --model and --data entities, which no other method takes, or facts")
     if config.method in ("prulong", "duo") and not facts and not config.model:
         raise ValueError(f"--method {config.method} on text needs a trained model: --model DIR")
     return config
@@ -1121,7 +1140,8 @@ def main(argv=None):
             if config.model and os.path.exists(os.path.join(config.model, name)):
                 shutil.copy(os.path.join(config.model, name), config.out_dir)
     if reads:
-        outcome = report_chunks(model, data, config, settings, results[config.method][1], autocast)
+        seconds = results[config.method][1]
+        outcome = report_answers(model, data, config, settings, seconds) if config.data == "facts" else report_chunks(model, data, config, settings, seconds, autocast)
     elif config.method == "meco":
         after = meco.conditioned_losses(model, data.exams, settings.first_tokens, autocast)
         outcome = report_conditions(before, after, settings.first_tokens, results[config.method][1])
