@@ -391,7 +391,7 @@ class Expand(nn.Module):
             masked = torch.where(batch.targets != -100, model.encoder_config.vocab_size - 1, batch.context)
             states = model.encode(masked, batch.cu_chunks.tolist(), s.slice)[batch.targets != -100]
             logits = self.head(states, model.encoder.embed_tokens.weight)
-            return F.cross_entropy(logits.float(), batch.targets[batch.targets != -100]), {"phase": 0}
+            return F.cross_entropy(logits.float(), batch.targets[batch.targets != -100], reduction="sum") / max(1, len(states)), {"phase": 0}
         states = states_of(model, batch, s.slice)
         loss = cross_entropy(states, model.head, batch.targets)
         if not self.distil or phase == 1:

@@ -2109,8 +2109,8 @@ def main():
         raise ValueError("--allow_code_exec: there is no g++ here")
     if config.out == "" or os.path.exists(config.out) and not os.path.isfile(config.out):
         raise ValueError(f"--out {config.out!r} is not a file")
-    check_device(config.device)
     join_processes(config.device)
+    check_device(config.device)
     model, tokenizer = load_model(config.model, config.device, DTYPES[config.dtype]), load_tokenizer(config.model)
     os.makedirs(os.path.dirname(os.path.abspath(config.out)), exist_ok=True)
     rows = evaluate(config, model, tokenizer, lambda line: print(line, file=sys.stderr))

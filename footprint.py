@@ -185,7 +185,7 @@ def learned_masks(config):
     """Masks (sparsity label, bool mask) from --heads, or learned on the tiny model, one run of train.py per sparsity."""
     paths = config.heads.split(",") if config.heads else []
     for sparsity in () if paths or config.model else (0.25, 0.5, 0.75, 0.9):
-        out = os.path.join(config.out_dir, f"heads-{sparsity:g}")
+        out = os.path.join(config.out_dir, f"heads-{sparsity:g}-seed{config.seed}-sink{config.sink}-window{config.window}")
         if not os.path.exists(os.path.join(out, "heads.tsv")):
             script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "train.py")
             command = [sys.executable, script, "--method", "prulong", "--no-baseline", "--overwrite", "--seed", str(config.seed), "--out_dir", out,

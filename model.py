@@ -12,6 +12,7 @@ import base64
 import binascii
 import contextlib
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -149,8 +150,9 @@ def rotate(x, cos, sin):
 
 
 def linear(x, weight):
-    """x W^T. One row, as in decoding, takes the matrix-vector kernel: 0.75x the time of the product on a CPU in bfloat16."""
-    return torch.mv(weight, x[0]).unsqueeze(0) if x.shape[0] == 1 else F.linear(x, weight)
+    """x W^T. One row, as in decoding, takes the matrix-vector kernel: 0.75x the time of the product on a CPU in bfloat16. Not where
+    gradients are wanted: autocast does not know it."""
+    return torch.mv(weight, x[0]).unsqueeze(0) if x.shape[0] == 1 and not torch.is_grad_enabled() else F.linear(x, weight)
 
 
 def stacked(*layers):
@@ -460,12 +462,16 @@ def processes():
 
 
 def join_processes(device):
-    """Connect the processes that torchrun started, if it did; all but the first one's output goes nowhere."""
+    """Connect the processes that torchrun started, if it did; all but the first one's output goes nowhere. Each takes the GPU of its
+    own number. Raises ValueError for a device with a number."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or distributed.is_initialized():
         return
-    if torch.device(device).type == "cuda":
+    if (kind := device.partition(":")[0]) != device:
+        raise ValueError(f"--device {device}: several processes take a GPU each, want --device {kind}")
+    if device == "cuda" and torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend, patience = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", datetime.timedelta(days=7)
+    distributed.init_process_group(backend, timeout=patience)  # some may evaluate for hours while others wait; torchrun notices a death
     atexit.register(distributed.destroy_process_group)
     if processes()[0]:
         sys.stdout = open(os.devnull, "w")

@@ -1303,8 +1303,10 @@ TOGETHER = {
     "meco": "--method meco --batch 4",
     "cepe": "--method cepe --decoder_steps 2 --batch 4 --lr 1e-3 --mlm 0.3 --duplicate 0.3 --mask_chunks 0.5",
     "ceped": "--method ceped --decoder_steps 2 --batch 3 --lr 1e-3",
-    "vlorp": "--method vlorp --data facts --seq_len 64 --batch 4 --granularity 4"}
-SIZES = {name: (1, 2, 4) if SLOW or name in ("lm", "prulong", "cepe") else (1, 2) for name in TOGETHER}  # four take a while on two cores
+    "vlorp": "--method vlorp --data facts --seq_len 64 --batch 4 --granularity 4",
+    "svd": "--method vlorp --data facts --seq_len 64 --batch 4 --rank 2 --granularity 1 --basis svd",
+    "stages": "--method lm --data facts --stages 64:12,128:8 --batch 4"}
+SIZES = {name: (1, 2, 4) if SLOW or name in ("lm", "prulong", "cepe", "stages") else (1, 2) for name in TOGETHER}  # four take a while on two cores
 
 
 def train_together(rank, size, port, cwd, resume):
@@ -1315,7 +1317,7 @@ def train_together(rank, size, port, cwd, resume):
     if size > 1:
         os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     sequence = lambda name: ["--seq_parallel", "2"] if size == 4 and "cepe" not in name else []
-    go = lambda name, out, *more: train.main([*TOGETHER[name].split(), "--steps", "20", "--eval_seqs", "2", "--out_dir", out, *sequence(name), *more])
+    go = lambda name, out, *more: train.main([*TOGETHER[name].split(), *(["--steps", "20"] if name != "stages" else []), "--eval_seqs", "2", "--out_dir", out, *sequence(name), *more])
     for name in TOGETHER:
         if size in SIZES[name] and not resume:
             go(name, f"{name}-{size}")
@@ -1335,6 +1337,40 @@ def train_together(rank, size, port, cwd, resume):
         for name in TOGETHER if size == 1 else ():
             go(name, f"{name}-again", "--deterministic")
         sys.exit(130)
+
+
+def test_a_part_without_targets_moves_nothing(monkeypatch):
+    """A process may get metadata alone, or a context without a masked token: loss 0, and a gradient of 0 for every weight."""
+    model = Llama(dataclasses.replace(eval_tasks.TINY, tie_embeddings=False)).init_weights(0)
+    batch = Batch(torch.arange(5), torch.full((5,), -100), torch.tensor([0, 5]))
+    loss, _ = meco.MeCo(model, meco.Config(), 0).loss(model, batch, 0, 1)
+    loss.backward()
+    assert loss == 0 and all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    model = cepe.extend(cepe.small_decoder(cepe.Entities(), 1, 0), LlamaConfig(129, 1, 2, 2, 48, 144, 24, tie_embeddings=True))
+    method = cepe.Expand(model, cepe.Config(context=64, chunk_size=16, mlm=0.5, duplicate=0.0), 0)
+    batch = method.batch(cepe.Entities(), np.random.default_rng(0), 0, 4)
+    loss, _ = method.loss(model, batch._replace(targets=torch.full_like(batch.targets, -100)), 0, 4)
+    loss.backward()
+    assert loss == 0 and not any(p.grad.any() for p in model.encoder.parameters())
+
+
+def test_autocast_reaches_single_rows():
+    """A stretch of a sequence may be one token long."""
+    layer, x = model_file.Linear(64, 32), torch.randn(1, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert layer(x).dtype == torch.float32
+
+
+def test_several_processes_are_checked_before_anything_is_lost(tmp_path, monkeypatch):
+    (tmp_path / "log.jsonl").write_text("precious")
+    monkeypatch.setattr(train, "processes", lambda: (0, 8))
+    with pytest.raises(ValueError, match="does not divide the model's 4 KV heads"):
+        train.main(["--method", "lm", "--data", "facts", "--seq_parallel", "8", "--overwrite", "--out_dir", str(tmp_path)])
+    assert (tmp_path / "log.jsonl").read_text() == "precious"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="want --device cuda"):
+        model_file.join_processes("cuda:0")
 
 
 def launch(target, size, *args):
@@ -3227,15 +3263,18 @@ def test_kernels_compiled(apart, name):
 @pytest.mark.parametrize("name", TOGETHER)
 def test_several_processes_train_as_one(trained_together, name):
     """The same losses within 1e-5 over 20 steps, the same checkpoint and folder; CEPE's three phases, gates along the sequence."""
-    losses, tensors, files = [], [], []
+    losses, scores, tensors, files = [], [], [], []
     for size in SIZES[name]:
         out = trained_together / f"{name}-{size}"
-        losses.append([row["loss"] for row in map(json.loads, open(out / "log.jsonl")) if row["event"] == "step"])
+        log = [json.loads(line) for line in open(out / "log.jsonl")]
+        losses.append([row["loss"] for row in log if row["event"] == "step"])
+        scores.append([row["scores"] for row in log if row["event"] == "stage"])
         tensors.append(train.read_tensor_file(out / "checkpoint.safetensors"))
         files.append(sorted(os.listdir(out)))
-    assert len(losses[0]) == 20 and losses[0][0] != losses[0][-1]
+    assert len(losses[0]) == 20 and losses[0][0] != losses[0][-1] and len(scores[0]) == 2 * (name == "stages")
     for i in range(1, len(losses)):
         assert losses[i] == pytest.approx(losses[0], abs=1e-5)
+        assert all(mine == pytest.approx(theirs, abs=0.02) for mine, theirs in zip(scores[i], scores[0]))  # of 128 answers or more
         assert files[i] == files[0] and {k: (v.shape, v.dtype) for k, v in tensors[i].items()} == {k: (v.shape, v.dtype) for k, v in tensors[0].items()}
         for key, tensor in tensors[0].items():
             if not key.startswith("optimizer"):  # Adam makes of the last bit of a gradient near 0 a step of either sign

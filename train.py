@@ -507,9 +507,8 @@ def as_part(tensor, like):
 
 
 def gathered(model):
-    """The model as one process has it, every weight whole."""
-    if not any(isinstance(p, DTensor) for p in model.parameters()):
-        model.sequence = None
+    """The model as one process has it, every weight whole: what several train together cannot be called by one."""
+    if processes()[1] == 1:
         return model
     with torch.device("meta"):
         plain = cepe.CEPE(model.config, model.encoder_config, model.last_n) if isinstance(model, cepe.CEPE) else Llama(model.config)
@@ -527,7 +526,7 @@ def my_share(batches, config):
     parts = [part for batch in batches for part in divide(batch, groups // math.gcd(groups, len(batches)))]
     filler = next(part for part in parts if part is not None)  # too few documents: some processes compute one for nothing
     parts = [(filler if part is None else part, share) for part, share in zip(parts, target_shares(parts))]
-    parts.sort(key=lambda part: -int(part[0].cu_seqlens.diff().square().sum()))
+    parts.sort(key=lambda part: -part[0].cu_seqlens.diff().double().square().sum().item())
     return parts[group::groups]
 
 
@@ -662,7 +661,7 @@ def fit(method, model, stages, config, out_dir, about, autocast):
             log.write("step", step=step, loss=total, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], tokens=sum(len(b.tokens) for b in batches),
                       targets=sum(int((b.targets != -100).sum()) for b in batches), seconds=round(time.perf_counter() - tick, 4), **shown)
             if config.stages and local + 1 == stage.steps:
-                log.write("stage", step=step, length=stage.length, scores=length_scores(model, stages, config, autocast))
+                log.write("stage", step=step, length=stage.length, scores=length_scores(gathered(model), stages, config, autocast))
             bar.set_postfix({"loss": f"{total:.3f}"} | {k: f"{v:.2f}" for k, v in shown.items() if k in ("sparsity", "target")})
             if (step + 1) % config.save_every == 0 or step + 1 == steps or stop:
                 done = step + 1
@@ -1072,8 +1071,8 @@ def main(argv=None):
     config = fill_defaults(parsed[0], settings)
     if config.method in ("cepe", "ceped"):
         settings = cepe_defaults(config, settings)
-    check_device(config.device)
     join_processes(config.device)
+    check_device(config.device)
     if processes()[1] % config.seq_parallel:
         raise ValueError(f"--seq_parallel {config.seq_parallel} does not divide the number of processes, {processes()[1]}")
     if config.deterministic:
@@ -1093,6 +1092,8 @@ def main(argv=None):
     if config.method in ("prulong", "duo") and settings.window + settings.sink >= config.seq_len:
         raise ValueError(f"--sink {settings.sink} and --window {settings.window} show a streaming head all of --seq_len {config.seq_len}")
     llama = load_config(config.model) if config.model else TINY
+    if llama.n_kv_head % config.seq_parallel:
+        raise ValueError(f"--seq_parallel {config.seq_parallel} does not divide the model's {llama.n_kv_head} KV heads")
     about = check_out_dir(config.out_dir, config, settings)
     dtype, reason = (about["dtype"], "as before") if about else choose_dtype(config, llama)
     if not summed([dtype == "float32"])[0] in (0, processes()[1]):  # measured to differ; from here on all have looked at --out_dir
@@ -1102,7 +1103,8 @@ def main(argv=None):
     data = stages[-1].data
     model.checkpointing = config.checkpointing
     kind = torch.device(config.device).type
-    autocast = lambda: torch.autocast(kind, DTYPES[dtype], enabled=dtype != "float32")
+    whole_model = not config.checkpointing and processes()[1] == 1  # else casts of all layers' weights would be held at once
+    autocast = lambda: torch.autocast(kind, DTYPES[dtype], enabled=dtype != "float32", cache_enabled=whole_model)
     print(f"{config.method}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {config.steps} steps of "
           f"{config.grad_accum * config.batch} x {config.seq_len} tokens{f' and on, {config.stages},' if config.stages else ''} of {config.data}; {dtype} ({reason}), {config.device}", flush=True)
     about = {"method": config.method, "settings": run_settings(config, settings), "dtype": dtype}

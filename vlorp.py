@@ -269,16 +269,18 @@ def estimate(small, basis, p):
 
 
 def leading_directions(rows, r):
-    """The r leading right singular vectors of rows (N, k), (k, r); the same on all processes. From the smaller Gram matrix: a full
-    SVD takes several times as long."""
+    """The r leading right singular vectors of rows (N, k), summed over processes: (k, r), the same on all. From the smaller Gram matrix:
+    a full SVD takes several times as long."""
     rows = rows.nan_to_num(0.0, 0.0, 0.0)  # such a step is skipped later, but must get there
+    if together := distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(rows)
     if rows.shape[0] >= rows.shape[1]:
         basis = torch.linalg.eigh(rows.T @ rows)[1][:, -r:]
     else:
         left = torch.linalg.eigh(rows @ rows.T)[1][:, -r:]
         basis = torch.linalg.qr(rows.T @ left)[0]
     basis = basis.contiguous()
-    if distributed.is_available() and distributed.is_initialized():
+    if together:
         distributed.broadcast(basis, 0)
     return basis
 
