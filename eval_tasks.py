@@ -1729,11 +1729,13 @@ def final_answer(text):
 BOS, FILLER, FACT, QUERY, ANSWER = 0, 1, 17, 145, 161  # first token of each kind
 N_FILLER, N_KEY, N_VALUE = 16, 16, 8
 VOCAB = ANSWER + N_VALUE  # 169
+TOPIC, CUE, WORD, N_TOPIC = VOCAB, VOCAB + 8, VOCAB + 9, 8  # only in streams with a topic
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A batch of fact streams. far(window, sink) marks the queries whose fact neither window nor sink shows."""
+    """A batch of fact streams. far(window, sink) marks the queries whose fact neither window nor sink shows. For a second skill of the
+    same batch, cues of a topic, read: cue for query, and the last mention of the topic for fact."""
     batch: Batch
     query: torch.Tensor  # (n,) index of each query token in batch.tokens
     fact: torch.Tensor  # (n,) index of the fact it asks for
@@ -1784,12 +1786,48 @@ def fact_stream(rng, n_seq, length, n_fact, n_query, queries_last=False) -> Fact
                 fact.append(told[i])
                 at += 1
             at += 1
+    query, fact = torch.tensor(query), torch.tensor(fact)
+    return Facts(with_targets(tokens), query, fact, query // length * length)
+
+
+def with_targets(tokens) -> Batch:
+    """A Batch of streams (n_seq, length) whose answers weigh most."""
+    n_seq, length = tokens.shape
     targets = np.concatenate((tokens[:, 1:], np.full((n_seq, 1), -100)), axis=1)
-    weights = np.where(targets >= ANSWER, 1.0, np.where(targets < FACT, 0.3, 0.0))  # facts and queries are pure chance
-    tensor = lambda x: torch.from_numpy(np.asarray(x).reshape(-1))
-    batch = Batch(tensor(tokens), tensor(targets), torch.arange(n_seq + 1, dtype=torch.int32) * length, tensor(weights).float())
-    query, fact = tensor(np.array(query)), tensor(np.array(fact))
-    return Facts(batch, query, fact, query // length * length)
+    answers = (targets >= ANSWER) & (targets < TOPIC) | (targets >= WORD)
+    weights = np.where(answers, 1.0, np.where(targets < FACT, 0.3, 0.0))  # facts, queries, topics and cues are pure chance
+    tensor = lambda x: torch.from_numpy(x.reshape(-1))
+    return Batch(tensor(tokens), tensor(targets), torch.arange(n_seq + 1, dtype=torch.int32) * length, tensor(weights).float())
+
+
+def with_topic(rng, facts: Facts, n_cue):
+    """The same streams with a second long-range skill: each declares one of 8 topics once, in its first quarter, and n_cue cues at
+    random places later ask for that topic's word. 1 + 2 n_cue tokens a sequence more. Returns (the facts, the cues)."""
+    tokens = facts.batch.tokens.view(len(facts.batch.cu_seqlens) - 1, -1).numpy()  # (n_seq, n)
+    (n_seq, n), rows, moved, cue, said = tokens.shape, [], [], [], []
+    for row in tokens:
+        free = 1 + np.flatnonzero((row < QUERY) | (row >= ANSWER))[:-1]  # places before any token but a query's answer
+        told = rng.choice(free[(free > 8) & (free <= n // 4)])
+        asked = np.sort(rng.choice(free[free > told], n_cue, replace=False))
+        topic, places = rng.integers(N_TOPIC), np.array([told, *asked.repeat(2)])
+        rows.append(np.insert(row, places, [TOPIC + topic, *[CUE, WORD + topic] * n_cue]))
+        moved.append(np.arange(n) + places.searchsorted(np.arange(n), "right"))  # where the row's tokens went
+        cue.append(asked + 1 + 2 * np.arange(n_cue))
+        said.append([told, *(cue[-1][:-1] + 1)])
+    length = n + 1 + 2 * n_cue
+    starts = length * np.arange(n_seq)[:, None]
+    index = lambda x: torch.from_numpy((np.array(x) + starts).reshape(-1))
+    batch, new = with_targets(np.array(rows)), index(moved)
+    return tuple(Facts(batch, query, fact, query // length * length)
+                 for query, fact in ((new[facts.query], new[facts.fact]), (index(cue), index(said))))
+
+
+def skill_stream(rng, n_seq, length, n_fact, n_query, topics=False, queries_last=False) -> dict:
+    """{"facts": Facts} of a fact stream, or with topics also {"topics": Facts} of the same batch, a cue for every 64 tokens."""
+    if not topics:
+        return {"facts": fact_stream(rng, n_seq, length, n_fact, n_query, queries_last)}
+    n_cue = length // 64
+    return dict(zip(("facts", "topics"), with_topic(rng, fact_stream(rng, n_seq, length - 1 - 2 * n_cue, n_fact, n_query, queries_last), n_cue)))
 
 
 @torch.no_grad()
@@ -1815,14 +1853,15 @@ def build_facts(n, length, seed, tokenizer=None):
 
 TINY = LlamaConfig(vocab_size=VOCAB, n_layer=3, n_head=8, n_kv_head=4, n_embd=64, n_ff=128, head_dim=16,
                    max_seq_len=2048, rope_base=1e6, tie_embeddings=True, bos_id=BOS)
+TOPICAL = replace(TINY, vocab_size=WORD + N_TOPIC)  # for streams with a topic
 # length, facts, queries, sequences per step, recall (moving average) that ends the stage: longer ones then take few steps
 CURRICULUM = ((64, 8, 16, 32, 0.97), (128, 10, 24, 16, 0.97), (256, 12, 32, 8, 0.97), (512, 12, 48, 6, 0.985))
 
 
 @torch.no_grad()
-def tiny_start(seed) -> Llama:
+def tiny_start(seed, config=TINY) -> Llama:
     """The tiny Llama before training."""
-    model, rng = Llama(TINY).init_weights(seed), torch.Generator().manual_seed(seed)
+    model, rng = Llama(config).init_weights(seed), torch.Generator().manual_seed(seed)
     model.model.embed_tokens.weight += 0.5 * torch.randn(TINY.n_embd, generator=rng) * TINY.n_embd ** -0.5
     for p in model.model.layers.parameters():  # small projections: the lookup settles in few heads (at full size the
         if p.dim() == 2:                       # best 3 of 12 heads recall .93 to .96 of far facts, at a quarter .98 to 1)
@@ -1830,24 +1869,25 @@ def tiny_start(seed) -> Llama:
     return model
 
 
-def tiny_model(seed=0, path=None, max_steps=1200, log=print) -> Llama:
-    """The tiny Llama that knows the fact stream up to 512 tokens: read from folder `path`, or trained (about a CPU
-    minute) and kept there. Raises ValueError if the stages are not through after max_steps steps or path holds another model."""
+def tiny_model(seed=0, path=None, max_steps=1200, log=print, topics=False) -> Llama:
+    """The tiny Llama that knows the fact stream, or the one with topics, up to 512 tokens: read from folder `path`, or trained (about
+    a CPU minute) and kept there. Raises ValueError if the stages are not through after max_steps steps or path holds another model."""
+    config = TOPICAL if topics else TINY
     if path and os.path.exists(os.path.join(path, "config.json")):  # written last
         model = load_model(path)
-        if model.config != TINY:
+        if model.config != config:
             raise ValueError(f"{path} holds another model than the tiny one: remove it or work elsewhere")
         return model
-    model = tiny_start(seed)
+    model = tiny_start(seed, config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.01)
     step, bar = 0, tqdm(desc="tiny model", unit="step", disable=None, leave=False)
     for stage, (length, n_fact, n_query, n_seq, goal) in enumerate(CURRICULUM):
-        average, first = 0.0, step
-        while average < goal:
+        average, first = {"facts": 0.0}, step
+        while min(average.values()) < goal:
             if step == max_steps:
-                raise ValueError(f"the tiny model (seed {seed}) is at recall {average:.2f} of length {length} after {step} steps")
-            facts = fact_stream(np.random.default_rng([seed, step]), n_seq, length, n_fact, n_query)
-            batch = facts.batch
+                raise ValueError(f"the tiny model (seed {seed}) is at recall {min(average.values()):.2f} of length {length} after {step} steps")
+            skills = skill_stream(np.random.default_rng([seed, step]), n_seq, length, n_fact, n_query, topics)
+            batch = skills["facts"].batch
             hidden = model.hidden(batch.tokens, causal(batch.cu_seqlens))
             loss = cross_entropy(hidden, model.head, batch.targets, batch.weights)
             loss.backward()
@@ -1856,13 +1896,14 @@ def tiny_model(seed=0, path=None, max_steps=1200, log=print) -> Llama:
                 group["lr"] = 4e-3 * min(1, (step + 1) / 30) * (0.5 if stage else 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            with torch.no_grad():
-                right = (hidden[facts.query] @ model.head.T).argmax(1) == batch.targets[facts.query]
-            average += 0.1 * (right.float().mean().item() - average)
+            for name, skill in skills.items():
+                with torch.no_grad():
+                    right = (hidden[skill.query] @ model.head.T).argmax(1) == batch.targets[skill.query]
+                average[name] = average.get(name, 0.0) + 0.1 * (right.float().mean().item() - average.get(name, 0.0))
             step += 1
             bar.update()
-            bar.set_postfix(length=length, loss=f"{loss.item():.3f}", recall=f"{average:.3f}")
-        log(f"tiny model, seed {seed}: recall {average:.3f} at length {length} after {step - first} steps")
+            bar.set_postfix(length=length, loss=f"{loss.item():.3f}", recall=f"{min(average.values()):.3f}")
+        log(f"tiny model, seed {seed}: recall {min(average.values()):.3f} at length {length} after {step - first} steps")
     bar.close()
     if path:
         save_model(model, path)

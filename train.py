@@ -41,7 +41,7 @@ import cepe
 import meco
 import prulong
 import vlorp
-from eval_tasks import CURRICULUM, TINY, fact_stream, final_answer, recall, tiny_model, tiny_start, word_problem
+from eval_tasks import CURRICULUM, TINY, TOPICAL, fact_stream, final_answer, recall, skill_stream, tiny_model, tiny_start, word_problem
 from model import (DTYPES, Batch, Llama, SequenceParallel, append_line, byte_tokenizer, causal, check_device, collate, dealt, divide, first_alone, flag, footprint, generate,
                    join_processes, load_config, load_model, load_tokenizer, parse, peak_memory, processes, read_json, replacing, run, save_model,
                    summed, wait_for_all, warmup_cosine, write_tensors)
@@ -51,7 +51,7 @@ from model import (DTYPES, Batch, Llama, SequenceParallel, append_line, byte_tok
 class Config:
     method: str = flag("lm", "what to train", choices=("lm", "sft", "vlorp", "meco", "cepe", "ceped", "prulong", "duo"))
     model: str | None = flag(None, "folder of a Llama; by default a tiny one (vocabulary of the data)")
-    data: str | None = flag(None, "facts (embedded stream), stdlib (Python's own sources), a folder, text or jsonl file, or a "
+    data: str | None = flag(None, "facts (embedded stream), topics (with a second skill, for prulong and duo), stdlib (Python's own sources), a folder, text or jsonl file, or a "
                                   "mixture name=weight:PATH,... (default: facts, with --model stdlib); for conversations a .jsonl "
                                   "or .json file, or problems (made-up word problems); for meco a .jsonl file, or sites (site tables); cepe: also entities (entity stream)")
     out_dir: str | None = flag(None, "where results go (default: out/METHOD)")
@@ -132,24 +132,27 @@ METHODS = {"lm": (LM, None), "sft": (LM, None), "vlorp": (LM, vlorp.Config), "me
 # --- data: batch(rng) -> Batch, passkeys(rng, needles, words) -> Batch, held_out() -> batches ---------------------------
 
 class FactData:
-    """The embedded stream: filler, facts and queries (eval_tasks.py)."""
+    """The embedded stream: filler, facts and queries; topics and their cues if wanted (eval_tasks.py)."""
 
-    tokenizer, vocab_size = None, TINY.vocab_size
+    tokenizer = None
 
-    def __init__(self, seq_len, n_seq):
-        self.seq_len, self.n_seq = seq_len, n_seq
+    def __init__(self, seq_len, n_seq, topics=False):
+        self.seq_len, self.n_seq, self.topics = seq_len, n_seq, topics
+        self.vocab_size = (TOPICAL if topics else TINY).vocab_size
         fits = [row for row in CURRICULUM if row[0] <= seq_len]
         if not fits:
             raise ValueError(f"the fact stream needs --seq_len >= {CURRICULUM[0][0]}, got {seq_len}")
         self.n_fact, self.n_query = fits[-1][1:3]
 
     def batch(self, rng):
-        return fact_stream(rng, self.n_seq, self.seq_len, self.n_fact, self.n_query).batch
+        return skill_stream(rng, self.n_seq, self.seq_len, self.n_fact, self.n_query, self.topics)["facts"].batch
 
     def passkeys(self, rng, needles, words):
-        """Facts first and as many queries at the very end; only answers are targets."""
-        batch = fact_stream(rng, self.n_seq, self.seq_len, needles, needles, queries_last=True).batch
-        return batch._replace(targets=torch.where(batch.weights == 1, batch.targets, -100))
+        """Facts first and as many queries at the very end; only their answers are targets, whatever else the stream has."""
+        facts = skill_stream(rng, self.n_seq, self.seq_len, needles, needles, self.topics, queries_last=True)["facts"]
+        targets = torch.full_like(facts.batch.targets, -100)
+        targets[facts.query] = facts.batch.targets[facts.query]
+        return facts.batch._replace(targets=targets)
 
     def documents(self, rng, context, n_seq=None):
         """n_seq pairs of facts and filler (`context` tokens) and the queries with their answers. Raises ValueError unless that is all else."""
@@ -709,20 +712,24 @@ def streaming_footprint(mask, n, sink, window) -> float:
 
 @torch.no_grad()
 def score_masks(model, data, masks, sink, window, config, autocast):
-    """A score per mask: far recall of the fact stream at 512 tokens (higher is better), or held-out loss [nats / token]."""
-    scores = [0.0] * len(masks)
+    """({name: a score per mask}, tokens): far recall of each skill of the fact stream at 512 tokens (higher is better), or held-out
+    loss [nats / token]."""
     if isinstance(data, FactData):
-        facts = fact_stream(np.random.default_rng([config.seed, 2 ** 31]), config.eval_seqs, *CURRICULUM[-1][:3])
-        for i in tqdm(dealt(range(len(masks))), desc="recall", unit="mask", disable=None, leave=False):
-            scores[i] = recall(model, facts, prulong.split(masks[i], facts.batch.cu_seqlens, sink, window), facts.far(window, sink))
-        return "far recall", CURRICULUM[-1][0], summed(scores)
+        skills, named = skill_stream(np.random.default_rng([config.seed, 2 ** 31]), config.eval_seqs, *CURRICULUM[-1][:3], data.topics), {}
+        for skill, facts in skills.items():
+            scores = [0.0] * len(masks)
+            for i in tqdm(dealt(range(len(masks))), desc="recall", unit="mask", disable=None, leave=False):
+                scores[i] = recall(model, facts, prulong.split(masks[i], facts.batch.cu_seqlens, sink, window), facts.far(window, sink))
+            named[f"far recall of {skill}" if data.topics else "far recall"] = summed(scores)
+        return named, CURRICULUM[-1][0]
+    scores = [0.0] * len(masks)
     shares = target_shares(data.held_out)
     jobs = [(i, b, share) for i in range(len(masks)) for b, share in zip(data.held_out, shares)]
     for i, b, share in tqdm(dealt(jobs), desc="held-out loss", unit="sequence", disable=None, leave=False):
         b = Batch(*(x if x is None else x.to(config.device) for x in b))
         with autocast():
             scores[i] += share * model.loss(b.tokens, b.targets, prulong.split(masks[i], b.cu_seqlens, sink, window)).item()
-    return "held-out loss", data.seq_len, summed(scores)
+    return {"held-out loss": summed(scores)}, data.seq_len
 
 
 def random_masks(shape, sparsity, n, seed):
@@ -738,20 +745,22 @@ def report_heads(results, model, data, settings, config, autocast):
     shape = next(iter(masks.values())).shape
     drawn = random_masks(shape, sparsity, config.n_random, config.seed)
     full = torch.ones(shape, dtype=torch.bool)
-    score_name, n, scores = score_masks(model, data, [full, *masks.values(), *drawn], sink, window, config, autocast)
+    columns, n = score_masks(model, data, [full, *masks.values(), *drawn], sink, window, config, autocast)
+    scores = list(zip(*columns.values()))  # a tuple of the columns' scores per mask
     rows = [("full cache", full, scores[0], 0.0)]
     rows += [(name, mask, score, results[name][1]) for (name, mask), score in zip(masks.items(), scores[1:])]
     others = scores[1 + len(masks):]
-    rows.append((f"random, mean of {len(others)}", drawn[0], sum(others) / len(others), 0.0))
+    rows.append((f"random, mean of {len(others)}", drawn[0], tuple(sum(column) / len(others) for column in zip(*others)), 0.0))
     held = {mask: streaming_footprint(mask, n, sink, window) for _, mask, _, _ in rows}  # by identity
     for name, mask in masks.items():
         print(f"\n{name}: {int(mask.sum())} of {mask.numel()} KV heads keep the full cache (#)\n{head_map(mask)}")
-    print(f"\n| heads | full of {full.numel()} | {score_name} | KV footprint at {n} tokens | CPU seconds |\n|---|---|---|---|---|")
+    print(f"\n| heads | full of {full.numel()} | {' | '.join(columns)} | KV footprint at {n} tokens | CPU seconds |\n|---|---|---|---|" + "---|" * len(columns))
     for name, mask, score, seconds in rows:
-        print(f"| {name} | {int(mask.sum())} | {score:.3f} | {held[mask]:.3f} | {seconds:.1f} |")
-    print(f"\nrandom masks range from {min(others):.3f} to {max(others):.3f}; sink {sink}, window {window}\n")
-    return {"score": score_name, "tokens": n, "sink": sink, "window": window, "random": others,
-            "rows": [{"heads": name, "full": int(mask.sum()), "score": score, "cpu_seconds": round(seconds, 2),
+        print(f"| {name} | {int(mask.sum())} | {' | '.join(format(x, '.3f') for x in score)} | {held[mask]:.3f} | {seconds:.1f} |")
+    print(f"\nrandom masks range from {' and '.join(f'{min(x):.3f} to {max(x):.3f}' for x in zip(*others))}; sink {sink}, window {window}\n")
+    plain = lambda score: score[0] if len(columns) == 1 else dict(zip(columns, score))
+    return {"score": ", ".join(columns), "tokens": n, "sink": sink, "window": window, "random": [plain(score) for score in others],
+            "rows": [{"heads": name, "full": int(mask.sum()), "score": plain(score), "cpu_seconds": round(seconds, 2),
                       "footprint": held[mask]} for name, mask, score, seconds in rows],
             "masks": {name: mask.int().tolist() for name, mask in masks.items()}}
 
@@ -759,7 +768,8 @@ def report_heads(results, model, data, settings, config, autocast):
 def score_weights(model, data, config, dtype, autocast):
     """Held-out loss, or far recall, of a model with its full cache; where conversations have checkable ends, also the share of right ones."""
     full = torch.ones(model.config.n_layer, model.config.n_kv_head, dtype=torch.bool)
-    name, n, (score,) = score_masks(model, data, [full], 0, 1, config, autocast)
+    columns, n = score_masks(model, data, [full], 0, 1, config, autocast)
+    (name, (score,)), = columns.items()
     exams = getattr(data, "exams", [(None, None)])
     checkable = all(answer is not None for _, answer in exams)
     return {"score": name, "tokens": n, name: score, "accuracy": answer_accuracy(model, data, config.device, dtype) if checkable else None}
@@ -784,7 +794,7 @@ def length_scores(model, stages, config, autocast):
         facts = [fact_stream(np.random.default_rng([config.seed, 2 ** 31]), config.eval_seqs, n, *CURRICULUM[0][1:3]) for n in lengths]
         return {n: recall(model, f, causal(f.batch.cu_seqlens)) for n, f in zip(lengths, facts)}
     full = torch.ones(model.config.n_layer, model.config.n_kv_head, dtype=torch.bool)
-    return {stage.length: score_masks(model, stage.data, [full], 0, 1, config, autocast)[2][0] for stage in stages}
+    return {stage.length: score_masks(model, stage.data, [full], 0, 1, config, autocast)[0]["held-out loss"][0] for stage in stages}
 
 
 def report_stages(log_path, name):
@@ -849,7 +859,7 @@ def check_out_dir(out_dir, config, settings):
 
     Raises ValueError if it is not what the flags expect, or a folder that the run reads from."""
     heads = getattr(settings, "heads", None)
-    read = [config.model, heads and os.path.dirname(heads), *([] if config.data in ("facts", "sites", "entities", "stdlib", "problems") else
+    read = [config.model, heads and os.path.dirname(heads), *([] if config.data in ("facts", "topics", "sites", "entities", "stdlib", "problems") else
             [part.rpartition(":")[2] for part in re.split("[,;]", config.data)])]
     own = os.path.realpath(out_dir)
     for path in read:
@@ -923,8 +933,12 @@ def build_model(config, settings, dtype):
         return load_model(config.model, config.device, DTYPES[dtype] if frozen else torch.float32)
     if config.data == "sites":
         model = meco.small_model(config.seed)
+    elif config.data == "facts" and config.method in ("lm", "vlorp"):
+        model = tiny_start(config.seed)
     elif config.data == "facts":
-        model = tiny_start(config.seed) if config.method in ("lm", "vlorp") else tiny_model(config.seed, f"out/tiny-seed{config.seed}")
+        model = tiny_model(config.seed, f"out/tiny-seed{config.seed}")
+    elif config.data == "topics":
+        model = tiny_model(config.seed, f"out/topics-seed{config.seed}", topics=True)
     else:
         model = Llama(dataclasses.replace(TINY, vocab_size=258)).init_weights(config.seed)
     return model.to(config.device)
@@ -956,14 +970,15 @@ def build_cepe(config, settings, dtype):
 def build_data(config, settings, vocab_size):
     """Data in sequences of config.seq_len tokens. Raises ValueError for tokens that a model of that vocabulary does not have."""
     shape = config.seq_len, config.batch, config.eval_seqs, config.seed
-    if config.data == "facts":
-        return FactData(config.seq_len, config.batch)
-    if config.data == "entities":
-        return cepe.Entities(config.seq_len - settings.context, config.batch)
-    if config.data == "sites":
-        return meco.SiteData(n_seq=config.batch, seq_len=config.seq_len, n_held_out=config.eval_seqs, seed=config.seed)
-    tokenizer = load_tokenizer(config.model) if config.model else byte_tokenizer()
-    if config.method == "meco":
+    embedded = config.data in ("facts", "topics", "entities", "sites")
+    tokenizer = None if embedded else load_tokenizer(config.model) if config.model else byte_tokenizer()
+    if config.data in ("facts", "topics"):
+        data = FactData(config.seq_len, config.batch, config.data == "topics")
+    elif config.data == "entities":
+        data = cepe.Entities(config.seq_len - settings.context, config.batch)
+    elif config.data == "sites":
+        data = meco.SiteData(n_seq=config.batch, seq_len=config.seq_len, n_held_out=config.eval_seqs, seed=config.seed)
+    elif config.method == "meco":
         data = meco.UrlData(list(read_lines(config.data, "text", "topic" if settings.metadata == "topic" else "url")), tokenizer, settings, *shape)
     elif config.method == "sft" or getattr(settings, "chat", False):
         data = ChatData(read_chats(config.data, tokenizer, config.seq_len), tokenizer, *shape)
@@ -1034,7 +1049,9 @@ def fill_defaults(config, settings):
         config = dataclasses.replace(config, steps=sum(s.steps for s in stages), seq_len=stages[0].length)
     expands = config.method in ("cepe", "ceped")
     data = config.data or ("stdlib" if config.model else "sites" if config.method == "meco" else "entities" if expands else "facts")
-    facts, sites, entities = data == "facts", data == "sites", data == "entities"
+    facts, sites, entities = data in ("facts", "topics"), data == "sites", data == "entities"
+    if data == "topics" and config.method not in ("prulong", "duo"):
+        raise ValueError("--data topics is for --method prulong and duo")
     masks_only = config.method == "duo" or getattr(settings, "train", "") == "masks"
     unused = ("lr", "weight_decay", *(("warmup", "min_lr") if config.method == "duo" else ())) if masks_only else ()
     for name in unused:
