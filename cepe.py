@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from attention_triton import attention
 from model import (Batch, KVCache, Linear, Llama, LlamaConfig, RMSNorm, Trunk, causal, cross_entropy, dealt, flag, generate, lay_together, number, parse,
-                   read_json, read_tensors, run, save_model, summed, warmup_cosine, weight_files, write_json)
+                   read_json, read_tensors, run, save_model, save_plot, summed, warmup_cosine, weight_files, write_json)
 
 
 @dataclass
@@ -161,7 +161,7 @@ def split_chunks(n, size):
 
 def extend(llama: Llama, encoder_config: LlamaConfig, init="copy", last_n=None, seed=0, enc_init="fresh") -> CEPE:
     """A CEPE around a Llama's own weights, frozen, with a fresh encoder whose embeddings begin as the first d_enc columns of the decoder's.
-    enc_init decoder: its layers too begin as the decoder's first ones (see first_layers); exact recall hangs on that (README).
+    enc_init decoder: its layers too begin as the decoder's first ones (see first_layers).
 
     Cross-attention starts from the same layer's self-attention: q as it is, k and v by their first d_enc columns, the norm from the
     MLP's, o as it is (init copy) or 0. Raises ValueError if the encoder is wider than the decoder."""
@@ -524,6 +524,7 @@ class Demo:
     init: str = flag("zero", "of the cross-attention's output", choices=("copy", "zero"))
     enc_layers: int = flag(2, "of the encoder", low=1)
     seed: int = flag(0, "of everything", low=0)
+    figure: str | None = flag(None, "SVG file for perplexity against chunks")
 
 
 def train_small(model, data, settings, config):
@@ -554,6 +555,9 @@ def entity_table(config):
     print("| chunks | " + " | ".join(map(str, counts)) + " |\n|---|" + "---|" * len(counts))
     for name, values in rows.items():
         print(f"| {name} | " + " | ".join(f"{x:.1f}" for x in values) + " |")
+    if config.figure:
+        save_plot(config.figure, {name: list(zip(counts, values)) for name, values in rows.items()},
+                  f"entity stream, seed {config.seed}: 16 tokens behind chunks of 16", "chunks", "perplexity")
 
 
 @torch.no_grad()

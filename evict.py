@@ -16,6 +16,9 @@ PyramidKV 2406.02069, H2O 2306.14048, TOVA 2401.06104, key norms 2406.11430, Duo
 """
 import json
 import math
+import os
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, fields
 from fractions import Fraction
@@ -25,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from attention_triton import attention, column_sums
-from model import DTYPES, KVCache, Llama, LlamaConfig, flag, generate, load_model, parse, peak_memory, rope, rotate, run
+from model import DTYPES, KVCache, Llama, LlamaConfig, flag, generate, load_model, parse, peak_memory, rope, rotate, run, save_plot
 
 # --- which entries a rule prefers -------------------------------------------------------------------------------------
 # Each takes what the cache knows of some KV heads of one layer and returns scores (heads, n), higher = keep:
@@ -391,6 +394,7 @@ class Config:
     length: int = flag(2048, "prompt of random tokens", low=1, high=10 ** 7)
     new: int = flag(16, "tokens to generate", low=1, high=10 ** 6)
     dtype: str = flag("bfloat16", "of weights and cache", choices=tuple(DTYPES))
+    figure: str | None = flag(None, "with --model: SVG file of peak memory against budget, a process for each policy and share kept")
 
 
 def measure(model, tokens, new, cache) -> dict:
@@ -421,10 +425,34 @@ def compare_policies(length, new):
         print(f"| {policy} | {shown} | " + " | ".join(f"{v:,}" for v in values.values()) + " |")
 
 
+def draw_memory(config, settings):
+    """A figure of peak resident memory against the share of entries kept; every run a process of its own."""
+    def peak(policy, keep):
+        flags = {"model": config.model, "length": config.length, "new": config.new, "dtype": config.dtype, "policy": policy, "keep": keep,
+                 "chunk": settings.chunk or 512}
+        flags = [x for name, value in flags.items() if value is not None for x in (f"--{name}", str(value))]
+        done = subprocess.run([sys.executable, os.path.abspath(__file__), *flags], stdout=subprocess.PIPE, text=True)
+        if done.returncode:  # the run has said why
+            raise ValueError(f"policy {policy}, share kept {keep}: no figure")
+        row = json.loads(done.stdout.splitlines()[-1])
+        print(done.stdout.splitlines()[-1], flush=True)
+        return row["peak_resident_bytes"] / 1e6
+    full = peak("full", None)
+    curves = {policy: [(keep, peak(policy, keep)) for keep in (0.05, 0.1, 0.25, 0.5, 0.75)] for policy in ("snapkv", "pyramidkv", "h2o")}
+    save_plot(config.figure, curves, f"{config.length} tokens in chunks of {settings.chunk or 512}, {config.dtype}", "share of entries kept", "peak resident memory [MB]",
+              1.0, full, {"full cache": full})
+
+
 def main():
     config, settings = parse([Config, Eviction], description="What eviction policies hold of a prompt.")
     if config.model is None:
+        if config.figure:
+            raise ValueError("--figure needs --model")
         return compare_policies(config.length, config.new)
+    if config.figure:
+        if settings != Eviction(chunk=settings.chunk):
+            raise ValueError("--figure draws some policies at several shares kept: of their flags it takes --chunk alone")
+        return draw_memory(config, settings)
     if settings.policy in ("heads", "locret"):
         raise ValueError(f"policy {settings.policy} needs a mask or a scorer: use footprint.py")
     model = load_model(config.model, dtype=DTYPES[config.dtype])

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from eval_tasks import TASKS, answer, build, fact_stream, read_results, score, tiny_model
 from evict import make_cache, train_locret
-from model import DTYPES, append_line, check_device, flag, load_model, load_tokenizer, parse, run
+from model import DTYPES, append_line, check_device, flag, load_model, load_tokenizer, parse, run, save_plot
 from prulong import load_heads
 
 # --- closed forms -----------------------------------------------------------------------------------------------------
@@ -257,45 +257,6 @@ def table(results, threshold):
     return "\n".join(lines), found
 
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f", "#b2182b", "#542788", "#8c6d31")
-
-
-def svg(curves, title, full_score, threshold):
-    """Score against footprint as SVG text. curves: name -> points (footprint, score). Names stand at the right, moved apart."""
-    width, height, left, top, right, bottom = 760, 440, 60, 40, 170, 50
-    values = [v for xy in curves.values() for point in xy for v in point]
-    if not np.isfinite(values).all():
-        raise ValueError("svg: a point is not finite")
-    low, high = 0.0, max([full_score, *(s for xy in curves.values() for _, s in xy)]) * 1.05 or 1.0
-    x = lambda f: left + f * (width - left - right)
-    y = lambda s: height - bottom - (s - low) / (high - low) * (height - top - bottom)
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
-           f'<rect width="{width}" height="{height}" fill="white"/>', f'<text x="{left}" y="20" font-size="14">{title}</text>']
-    for i in range(6):
-        f, s = i / 5, low + (high / 1.05 - low) * i / 5
-        out.append(f'<path d="M{x(f):.1f} {y(low):.1f}V{y(high):.1f}M{x(0):.1f} {y(s):.1f}H{x(1):.1f}" stroke="#e5e5e5"/>')
-        out.append(f'<text x="{x(f):.1f}" y="{height - bottom + 18}" text-anchor="middle">{f:.1f}</text>')
-        out.append(f'<text x="{left - 8}" y="{y(s) + 4:.1f}" text-anchor="end">{s:.2f}</text>')
-    goal = threshold * full_score
-    out.append(f'<path d="M{x(0):.1f} {y(goal):.1f}H{x(1):.1f}" stroke="#555" stroke-dasharray="5 4"/>')
-    out.append(f'<text x="{x(0) + 4:.1f}" y="{y(goal) - 4:.1f}" fill="#555">{threshold:.0%} of the full cache</text>')
-    out.append(f'<text x="{(x(0) + x(1)) / 2:.1f}" y="{height - 12}" text-anchor="middle">KV footprint</text>')
-    out.append(f'<text x="16" y="{(y(low) + y(high)) / 2:.1f}" text-anchor="middle" transform="rotate(-90 16 {(y(low) + y(high)) / 2:.1f})">score</text>')
-    ends, at, above = sorted((y(max(xy)[1]), name) for name, xy in curves.items()), {}, top - 15
-    for end, name in ends:  # names at least 15 pixels apart, ...
-        above = at[name] = max(end, above + 15)
-    for i, (_, name) in enumerate(reversed(ends)):  # ... and none below the plot
-        at[name] = min(at[name], height - bottom - 15 * i)
-    for colour, (name, xy) in zip(itertools.cycle(COLOURS), curves.items()):
-        xy = sorted(xy)
-        line = "L".join(f"{x(f):.1f} {y(s):.1f}" for f, s in xy)
-        out.append(f'<path d="M{line}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
-        out += [f'<circle cx="{x(f):.1f}" cy="{y(s):.1f}" r="2.6" fill="{colour}"/>' for f, s in xy]
-        out.append(f'<path d="M{x(xy[-1][0]):.1f} {y(xy[-1][1]):.1f}L{x(1) + 12:.1f} {at[name]:.1f}" stroke="{colour}" stroke-width="0.6"/>')
-        out.append(f'<text x="{x(1) + 15:.1f}" y="{at[name] + 4:.1f}" fill="{colour}">{name}</text>')
-    return "\n".join([*out, "</svg>", ""])
-
-
 def main():
     config, = parse([Config], description="Score against KV footprint, and the critical footprint, of every eviction policy.")
     tasks, lengths = config.tasks.split(","), numbers(config.lengths, int, "lengths", 1, 10 ** 7)
@@ -343,9 +304,8 @@ def main():
         curves = {c: [(r["footprint"], r["score"]) for r in here if r["curve"] == c] for c in dict.fromkeys(r["curve"] for r in here) if c != "full"}
         whole = next(r["score"] for r in here if r["curve"] == "full")
         picture = os.path.join(config.out_dir, f"footprint-{task}-{length}.svg")
-        with open(picture, "w", encoding="utf-8") as f:
-            f.write(svg(curves, f"{task}, {length} tokens, {about['model']} model, n = {config.n}", whole, config.threshold))
-        print(f"figure: {picture}")
+        save_plot(picture, curves, f"{task}, {length} tokens, {about['model']} model, n = {config.n}", "KV footprint", "score",
+                  1.0, whole, {f"{config.threshold:.0%} of the full cache": config.threshold * whole})
     print(json.dumps({"critical": found, "threshold": config.threshold, **about}, allow_nan=False))
 
 

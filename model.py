@@ -13,6 +13,7 @@ import binascii
 import contextlib
 import dataclasses
 import datetime
+import html
 import json
 import math
 import os
@@ -161,12 +162,13 @@ def stacked(*layers):
     if torch.is_grad_enabled():
         return None
     weights = [layer.weight for layer in layers]
-    end, memory = weights[0].data_ptr(), weights[0].untyped_storage().data_ptr()
-    for w in weights:
-        if w.data_ptr() != end or w.untyped_storage().data_ptr() != memory:  # tensors of a mapped file lie so too, but are not one
+    first, rows = weights[0], 0
+    for w in weights:  # each so far into memory that begins where the first one does (tensors of a mapped file each begin their own)
+        n = rows * first.shape[1]
+        if w.storage_offset() != n or w.data_ptr() != first.data_ptr() + n * first.itemsize:
             return None
-        end += w.nbytes
-    return weights[0].as_strided((sum([len(w) for w in weights]), weights[0].shape[1]), weights[0].stride())
+        rows += w.shape[0]
+    return first.as_strided((rows, first.shape[1]), first.stride())
 
 
 class Linear(nn.Linear):
@@ -421,7 +423,7 @@ class CrossEntropy(torch.autograd.Function):
         loss = weights.new_zeros(())
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_head = torch.zeros_like(head, dtype=loss.dtype) if need_head else None
-        n_rows = max(1, CrossEntropy.BLOCK // len(head))
+        n_rows, n_words = max(1, CrossEntropy.BLOCK // len(head)), max(1, CrossEntropy.BLOCK // 4 // head.shape[1])
         for start in range(0, len(targets), n_rows):
             rows = slice(start, start + n_rows)
             logits = F.linear(hidden[rows], head).to(loss.dtype)  # (n_rows, V)
@@ -435,8 +437,9 @@ class CrossEntropy(torch.autograd.Function):
                 d = d.to(hidden.dtype)
                 if need_hidden:
                     d_hidden[rows] = d @ head
-                if need_head:
-                    d_head += d.mT @ hidden[rows]
+                if need_head:  # a block of words at a time: half the loss's time at 49152 words
+                    for part, sums in zip(d.split(n_words, 1), d_head.split(n_words)):
+                        sums.addmm_(part.mT, hidden[rows]) if sums.dtype == d.dtype else sums.add_(part.mT @ hidden[rows])
         ctx.save_for_backward(d_hidden, None if d_head is None else d_head.to(head.dtype))
         return loss
 
@@ -1088,6 +1091,58 @@ def parse_tokenizer_model(path) -> dict:
     return dict(vocab=vocab, merges=merges, split=LLAMA3_SPLIT, special=special, add_bos=True, bos_token="<|begin_of_text|>")
 
 
+# --- figures -----------------------------------------------------------------------------------------------------------
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f", "#b2182b", "#542788", "#8c6d31")
+
+
+def save_plot(path, *args, **settings):
+    """Write what `plot` draws, and say so."""
+    with replacing(path) as part, open(part, "w", encoding="utf-8") as f:
+        f.write(plot(*args, **settings))
+    print(f"figure: {path}")
+
+
+def plot(curves, title, x_label, y_label, x_most=None, y_most=None, marks=None) -> str:
+    """Lines from 0 on as SVG text. curves: name -> points (x, y), named at the right; the axes end at x_most and a little above y_most (by
+    default the largest of all); marks: name -> y of a dashed line. Raises ValueError for a point that is not finite."""
+    title, x_label, y_label = map(html.escape, (title, x_label, y_label))
+    width, height, left, top, right, bottom = 760, 440, 60, 40, 170, 50
+    points = [point for xy in curves.values() for point in xy]
+    if not all(math.isfinite(v) for point in points for v in point):
+        raise ValueError("plot: a point is not finite")
+    x_most = x_most or max([x for x, _ in points], default=0) or 1.0
+    y_most = max([y_most or 0, *(y for _, y in points)]) or 1.0
+    x = lambda v: left + v / x_most * (width - left - right)
+    y = lambda v: height - bottom - v / (1.05 * y_most) * (height - top - bottom)
+    middle, floor = (y(0) + top) / 2, y(0)
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+           f'<rect width="{width}" height="{height}" fill="white"/>', f'<text x="{left}" y="20" font-size="14">{title}</text>',
+           f'<text x="{x(x_most / 2):.1f}" y="{height - 12}" text-anchor="middle">{x_label}</text>',
+           f'<text x="16" y="{middle:.1f}" text-anchor="middle" transform="rotate(-90 16 {middle:.1f})">{y_label}</text>']
+    for i in range(6):
+        a, b = x_most * i / 5, y_most * i / 5
+        out.append(f'<path d="M{x(a):.1f} {floor:.1f}V{top}M{left} {y(b):.1f}H{x(x_most):.1f}" stroke="#e5e5e5"/>')
+        out.append(f'<text x="{x(a):.1f}" y="{floor + 18:.1f}" text-anchor="middle">{a:.3g}</text>')
+        out.append(f'<text x="{left - 8}" y="{y(b) + 4:.1f}" text-anchor="end">{b:.3g}</text>')
+    for name, v in (marks or {}).items():
+        out.append(f'<path d="M{left} {y(v):.1f}H{x(x_most):.1f}" stroke="#555" stroke-dasharray="5 4"/>')
+        out.append(f'<text x="{left + 4}" y="{y(v) - 4:.1f}" fill="#555">{html.escape(name)}</text>')
+    ends, at, above = sorted((y(max(xy)[1]), name) for name, xy in curves.items()), {}, top - 15
+    for end, name in ends:  # names at least 15 pixels apart, ...
+        above = at[name] = max(end, above + 15)
+    for i, (_, name) in enumerate(reversed(ends)):  # ... and none below the plot
+        at[name] = min(at[name], floor - 15 * i)
+    for i, (name, xy) in enumerate(curves.items()):
+        xy, colour = sorted(xy), COLOURS[i % len(COLOURS)]
+        line = "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in xy)
+        out.append(f'<path d="M{line}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
+        out += [f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="2.6" fill="{colour}"/>' for a, b in xy]
+        out.append(f'<path d="M{x(xy[-1][0]):.1f} {y(xy[-1][1]):.1f}L{x(x_most) + 12:.1f} {at[name]:.1f}" stroke="{colour}" stroke-width="0.6"/>')
+        out.append(f'<text x="{x(x_most) + 15:.1f}" y="{at[name] + 4:.1f}" fill="{colour}">{html.escape(name)}</text>')
+    return "\n".join([*out, "</svg>", ""])
+
+
 # --- command line: a dataclass field is a flag ----------------------------------------------------------------------
 
 def flag(default, help, low=None, high=None, choices=None):
@@ -1159,6 +1214,18 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def copy_rate(device) -> float:
+    """Bytes per second, read and written, of copying 256 MB: what memory gives; the best of 5."""
+    source = torch.ones(2 ** 26, device=device)
+    target, times = torch.empty_like(source), []
+    for _ in range(6):
+        start = time.perf_counter()
+        target.copy_(source)
+        float(target[-1])  # waits for a GPU
+        times.append(time.perf_counter() - start)
+    return 2 * source.nbytes / min(times[1:])
+
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -1204,9 +1271,11 @@ def main():
             print(text[len(shown):], end="", flush=True)
             shown = text
     decode = (len(times) - 2) / (times[-1] - times[1]) if len(times) > 2 else math.nan
+    weights = sum(p.nbytes for p in model.parameters()) - (0 if model.lm_head is None else model.model.embed_tokens.weight.nbytes)
     print(f"\n\n{len(tokens)} prompt tokens at {len(tokens) / (times[1] - times[0]):.1f} tokens/s, {len(new)} new at "
           f"{decode:.1f} tokens/s ({config.dtype} on {config.device}; loaded in {loaded:.2f} s; "
-          f"cache {cache.nbytes() / 1e6:.1f} MB)")
+          f"cache {cache.nbytes() / 1e6:.1f} MB)\nevery new token reads {weights / 1e6:.0f} MB of weights: {decode * weights / 1e9:.1f} GB/s, "
+          f"where a copy in memory moves {copy_rate(config.device) / 1e9:.1f}")
 
 
 if __name__ == "__main__":

@@ -2094,7 +2094,22 @@ def test_footprint_sweep_resumes_and_draws(tmp_path):
     picture = xml.etree.ElementTree.parse(tmp_path / "out" / "footprint" / "footprint-facts-64.svg")
     assert len(picture.findall(".//{http://www.w3.org/2000/svg}circle")) == 6
     with pytest.raises(ValueError, match="finite"):
-        footprint.svg({"a": [(0.5, math.nan)]}, "", 1.0, 0.9)
+        model_file.plot({"a": [(0.5, math.nan)]}, "", "x", "y")
+    picture = xml.etree.ElementTree.fromstring(model_file.plot({"<a>": [(0, 1), (4, 2)], "b": [(2, 0)]}, "a & b", "x", "y", marks={"m": 1.5}))
+    texts = [e.text for e in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"<a>", "b", "a & b", "m", "0", "4", "2"} <= set(texts)  # names, and the ends of both axes
+
+
+def test_memory_is_drawn_against_budget(tmp_path):
+    save_model(Llama(eval_tasks.TINY).init_weights(0), tmp_path / "m")
+    args = [os.path.join(os.path.dirname(os.path.abspath(__file__)), "evict.py"), "--model", "m", "--length", "64", "--new", "1", "--chunk", "16", "--figure", "memory.svg"]
+    done = script(*args, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()[:-1]]
+    assert len(rows) == 16 and rows[0]["entries_per_head"] == 64 and all(row["entries_per_head"] < 64 for row in rows[1:])
+    assert len(xml.etree.ElementTree.parse(tmp_path / "memory.svg").findall(".//{http://www.w3.org/2000/svg}circle")) == 15
+    refused = script(*args, "--keep", "0.5", cwd=tmp_path)
+    assert refused.returncode == 2 and "--chunk alone" in refused.stderr
 
 
 # --- a real Llama -----------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ import prulong
 import vlorp
 from eval_tasks import CURRICULUM, TINY, TOPICAL, fact_stream, final_answer, recall, skill_stream, tiny_model, tiny_start, word_problem
 from model import (DTYPES, Batch, Llama, SequenceParallel, append_line, byte_tokenizer, causal, check_device, collate, dealt, divide, first_alone, flag, footprint, generate,
-                   join_processes, load_config, load_model, load_tokenizer, parse, peak_memory, processes, read_json, replacing, run, save_model,
+                   join_processes, load_config, load_model, load_tokenizer, parse, peak_memory, processes, read_json, replacing, run, save_model, save_plot,
                    summed, wait_for_all, warmup_cosine, write_tensors)
 
 
@@ -390,7 +390,7 @@ def load_text(spec, tokenizer, seq_len, n_seq, n_held_out, seed):
 # --- one run: loop, checkpoint, log -------------------------------------------------------------------------------------
 
 # what a run may leave in its out_dir, besides the tokenizer's files and shards of a large model
-OUTPUTS = ("log.jsonl", "checkpoint.safetensors", "heads.tsv", "scores.tsv", "config.json", "model.safetensors")
+OUTPUTS = ("log.jsonl", "checkpoint.safetensors", "heads.tsv", "scores.tsv", "heads.svg", "config.json", "model.safetensors")
 TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
 
 
@@ -757,6 +757,10 @@ def report_heads(results, model, data, settings, config, autocast):
     print(f"\n| heads | full of {full.numel()} | {' | '.join(columns)} | KV footprint at {n} tokens | CPU seconds |\n|---|---|---|---|" + "---|" * len(columns))
     for name, mask, score, seconds in rows:
         print(f"| {name} | {int(mask.sum())} | {' | '.join(format(x, '.3f') for x in score)} | {held[mask]:.3f} | {seconds:.1f} |")
+    if processes()[0] == 0:
+        curves = {name: list(enumerate(mask.sum(1).tolist())) for name, mask in masks.items()}
+        save_plot(os.path.join(config.out_dir, "heads.svg"), curves, f"KV heads with the full cache, {int(sum(mask.sum() for mask in masks.values()) / len(masks))} of {full.numel()}",
+                  "layer", "heads", y_most=full.shape[1])
     print(f"\nrandom masks range from {' and '.join(f'{min(x):.3f} to {max(x):.3f}' for x in zip(*others))}; sink {sink}, window {window}\n")
     plain = lambda score: score[0] if len(columns) == 1 else dict(zip(columns, score))
     return {"score": ", ".join(columns), "tokens": n, "sink": sink, "window": window, "random": [plain(score) for score in others],
