@@ -36,19 +36,23 @@ from model import (Batch, KVCache, Linear, Llama, LlamaConfig, RMSNorm, Trunk, c
 
 @dataclass
 class Config:
-    context: int | None = flag(None, "tokens of each sequence that go to the encoder, the rest is the decoder's (default: half of --seq_len; entity stream 64, facts 192)", low=1)
+    context: int | None = flag(None, "tokens of each sequence that go to the encoder, the rest is the decoder's (default: half of --seq_len; "
+                                     "entity stream 64, facts 192)", low=1)
     chunk_size: int | None = flag(None, "tokens that the encoder reads at once (default: 256; entity stream 16, facts 32)", low=1)
     enc_layers: int | None = flag(None, "layers of a fresh encoder (default: 6; entity stream 2, facts 1; official: 24)", low=1, high=200)
     enc_width: int | None = flag(None, "width of a fresh encoder, at most the decoder's (default: 256; entity stream 48; official: 1024)", low=8, high=16384)
-    enc_init: str | None = flag(None, "of the encoder: fresh (embeddings are columns of the decoder's), or decoder: its first layers, at its width (default: fresh; facts decoder)", choices=("fresh", "decoder"))
+    enc_init: str | None = flag(None, "of the encoder: fresh (embeddings are columns of the decoder's), or decoder: its first layers, at its "
+                                      "width (default: fresh; facts decoder)", choices=("fresh", "decoder"))
     decoder_steps: int = flag(1000, "entity stream: that train its decoder first", low=1)
     init: str | None = flag(None, "of the cross-attention's output: copy of the self-attention's, or zero: the first step changes nothing (default: copy; "
                                   "entity stream zero)", choices=("copy", "zero"))
     last_n: int | None = flag(None, "layers with cross-attention, counted from the top (default: all)", low=1)
     mlm: float | None = flag(None, "share of the steps that first train the encoder to fill in masked tokens (default: 0.2; embedded streams 0)", low=0, high=1)
     mlm_rate: float = flag(0.3, "share of the tokens masked", low=0.01, high=0.99)
-    duplicate: float | None = flag(None, "share of the steps in which encoder and decoder then read the same tokens (default: 0.2; entity stream 0.05, facts 0)", low=0, high=1)
-    mask_chunks: float = flag(0.0, "share of the chunks that are cut short or (a tenth of them) left out, but never all of a document's (official, random encoder: 0.3)", low=0, high=1)
+    duplicate: float | None = flag(None, "share of the steps in which encoder and decoder then read the same tokens (default: 0.2; entity "
+                                         "stream 0.05, facts 0)", low=0, high=1)
+    mask_chunks: float = flag(0.0, "share of the chunks that are cut short or (a tenth of them) left out, but never all of a document's "
+                                   "(official, random encoder: 0.3)", low=0, high=1)
     kl: float = flag(2.0, "ceped: weight of the distillation, beside 1 of cross-entropy", low=0)
     top_k: int = flag(0, "ceped: distil the teacher's k likeliest tokens and the rest as one; 0: the whole vocabulary (official, stored: 50)", low=0)
     slice: int = flag(64, "chunks encoded at once; only memory depends on it", low=1)

@@ -439,8 +439,8 @@ def draw_memory(config, settings):
         return row["peak_resident_bytes"] / 1e6
     full = peak("full", None)
     curves = {policy: [(keep, peak(policy, keep)) for keep in (0.05, 0.1, 0.25, 0.5, 0.75)] for policy in ("snapkv", "pyramidkv", "h2o")}
-    save_plot(config.figure, curves, f"{config.length} tokens in chunks of {settings.chunk or 512}, {config.dtype}", "share of entries kept", "peak resident memory [MB]",
-              1.0, full, {"full cache": full})
+    title = f"{config.length} tokens in chunks of {settings.chunk or 512}, {config.dtype}"
+    save_plot(config.figure, curves, title, "share of entries kept", "peak resident memory [MB]", 1.0, full, {"full cache": full})
 
 
 def main():

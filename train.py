@@ -42,8 +42,8 @@ import meco
 import prulong
 import vlorp
 from eval_tasks import CURRICULUM, TINY, TOPICAL, fact_stream, final_answer, recall, skill_stream, tiny_model, tiny_start, word_problem
-from model import (DTYPES, Batch, Llama, SequenceParallel, append_line, byte_tokenizer, causal, check_device, collate, dealt, divide, first_alone, flag, footprint, generate,
-                   join_processes, load_config, load_model, load_tokenizer, parse, peak_memory, processes, read_json, replacing, run, save_model, save_plot,
+from model import (DTYPES, Batch, Llama, SequenceParallel, append_line, byte_tokenizer, causal, check_device, collate, dealt, divide,
+                   first_alone, flag, footprint, generate, join_processes, load_config, load_model, load_tokenizer, parse, peak_memory, processes, read_json, replacing, run, save_model, save_plot,
                    summed, wait_for_all, warmup_cosine, write_tensors)
 
 
@@ -51,9 +51,10 @@ from model import (DTYPES, Batch, Llama, SequenceParallel, append_line, byte_tok
 class Config:
     method: str = flag("lm", "what to train", choices=("lm", "sft", "vlorp", "meco", "cepe", "ceped", "prulong", "duo"))
     model: str | None = flag(None, "folder of a Llama; by default a tiny one (vocabulary of the data)")
-    data: str | None = flag(None, "facts (embedded stream), topics (with a second skill, for prulong and duo), stdlib (Python's own sources), a folder, text or jsonl file, or a "
-                                  "mixture name=weight:PATH,... (default: facts, with --model stdlib); for conversations a .jsonl "
-                                  "or .json file, or problems (made-up word problems); for meco a .jsonl file, or sites (site tables); cepe: also entities (entity stream)")
+    data: str | None = flag(None, "facts (embedded stream), topics (with a second skill, for prulong and duo), stdlib (Python's own sources), "
+                                  "a folder, text or jsonl file, or a mixture name=weight:PATH,... (default: facts, with --model stdlib); for "
+                                  "conversations a .jsonl or .json file, or problems (made-up word problems); for meco a .jsonl file, or "
+                                  "sites (site tables); cepe: also entities (entity stream)")
     out_dir: str | None = flag(None, "where results go (default: out/METHOD)")
     steps: int | None = flag(None, "optimizer steps (default: 100)", low=1)
     stages: str | None = flag(None, "lm: instead of --steps and --seq_len LENGTH:STEPS[:ROPE_BASE[:LR]],...: the context grows, a micro-batch keeps its "
@@ -125,8 +126,9 @@ def parse_stages(spec) -> list:
     return stages
 
 
-METHODS = {"lm": (LM, None), "sft": (LM, None), "vlorp": (LM, vlorp.Config), "meco": (meco.MeCo, meco.Config), "cepe": (cepe.Expand, cepe.Config),
-           "ceped": (functools.partial(cepe.Expand, distil=True), cepe.Config), "prulong": (prulong.PruLong, prulong.Config), "duo": (prulong.Duo, prulong.DuoConfig)}
+METHODS = {"lm": (LM, None), "sft": (LM, None), "vlorp": (LM, vlorp.Config), "meco": (meco.MeCo, meco.Config),
+           "cepe": (cepe.Expand, cepe.Config), "ceped": (functools.partial(cepe.Expand, distil=True), cepe.Config),
+           "prulong": (prulong.PruLong, prulong.Config), "duo": (prulong.Duo, prulong.DuoConfig)}
 
 
 # --- data: batch(rng) -> Batch, passkeys(rng, needles, words) -> Batch, held_out() -> batches ---------------------------
@@ -759,8 +761,8 @@ def report_heads(results, model, data, settings, config, autocast):
         print(f"| {name} | {int(mask.sum())} | {' | '.join(format(x, '.3f') for x in score)} | {held[mask]:.3f} | {seconds:.1f} |")
     if processes()[0] == 0:
         curves = {name: list(enumerate(mask.sum(1).tolist())) for name, mask in masks.items()}
-        save_plot(os.path.join(config.out_dir, "heads.svg"), curves, f"KV heads with the full cache, {int(sum(mask.sum() for mask in masks.values()) / len(masks))} of {full.numel()}",
-                  "layer", "heads", y_most=full.shape[1])
+        title = f"KV heads that keep the full cache, {sparsity:.0%} of {full.numel()} do not"
+        save_plot(os.path.join(config.out_dir, "heads.svg"), curves, title, "layer", "heads", y_most=full.shape[1])
     print(f"\nrandom masks range from {' and '.join(f'{min(x):.3f} to {max(x):.3f}' for x in zip(*others))}; sink {sink}, window {window}\n")
     plain = lambda score: score[0] if len(columns) == 1 else dict(zip(columns, score))
     return {"score": ", ".join(columns), "tokens": n, "sink": sink, "window": window, "random": [plain(score) for score in others],
@@ -831,7 +833,8 @@ def report_chunks(model, data, config, settings, seconds, autocast):
         documents = [(b.tokens[:settings.context].numpy(), b.tokens[settings.context:].numpy()) for b in data.held_out]
     rows = {"best possible": data.best(documents, counts, size)} if config.data == "entities" else {}
     rows |= cepe.perplexities(model, documents, counts, size, 256, autocast)
-    print(f"\nperplexity of the last {min(256, config.seq_len - settings.context - 1)} tokens\n\n| chunks of {size} | " + " | ".join(map(str, counts)) + " |\n|---|" + "---|" * len(counts))
+    print(f"\nperplexity of the last {min(256, config.seq_len - settings.context - 1)} tokens\n")
+    print(f"| chunks of {size} | " + " | ".join(map(str, counts)) + " |\n|---|" + "---|" * len(counts))
     for name, values in rows.items():
         print(f"| {name} | " + " | ".join(f"{x:.2f}" for x in values) + " |")
     print()
@@ -1026,6 +1029,20 @@ def cepe_defaults(config, settings):
     return dataclasses.replace(settings, **{k: v for k, v in defaults.items() if getattr(settings, k) is None})
 
 
+def check_cepe(config, settings):
+    """Raises ValueError for flags of cepe or ceped that cannot be together."""
+    if config.seq_parallel > 1:
+        raise ValueError("--seq_parallel means nothing to CEPE, whose contexts are parallel already")
+    if settings.context + 4 > config.seq_len:
+        raise ValueError(f"--context {settings.context} leaves the decoder fewer than 4 of --seq_len {config.seq_len} tokens")
+    if settings.context % settings.chunk_size:
+        raise ValueError(f"--context {settings.context} is not a multiple of --chunk_size {settings.chunk_size}")
+    if config.eval_seqs < 2:
+        raise ValueError("--eval_seqs 1: other documents' chunks need another document")
+    if settings.mlm + settings.duplicate >= 1:
+        raise ValueError(f"--mlm {settings.mlm} and --duplicate {settings.duplicate} leave no step to read what came before")
+
+
 def check_used(config, settings):
     """Raises ValueError for a flag that was set and that this run would not look at. Both as they were parsed."""
     get = lambda name: getattr(settings, name, None)
@@ -1061,16 +1078,19 @@ def fill_defaults(config, settings):
     for name in unused:
         if getattr(config, name) is not None:
             raise ValueError(f"--{name} means nothing where only masks learn (see --mask_lr)")
-    defaults = dict(steps=100, data=data, out_dir=os.path.join("out", config.method), seq_len=(256 if expands else 128) if facts else 64 if sites else 80 if entities else 1024,
-                    batch=(16 if expands else 8) if facts else 16 if sites else 32 if entities else 1,
-                    lr=(3e-4 if expands else 1e-5) if config.model else 3e-3 if config.method == "meco" else (5e-3 if facts else 6e-3) if expands else 4e-3,
-                    baseline=facts, weight_decay=0.033 if config.method == "meco" else 0.0 if expands else 0.1, warmup=0.04 if expands else 0.05 if config.method == "meco" else 0.1,
-                    min_lr=0.01 if masks_only else 0.1)
+    defaults = dict(steps=100, data=data, out_dir=os.path.join("out", config.method), seq_len=1024, batch=1, lr=1e-5 if config.model else 4e-3,
+                    baseline=facts, weight_decay=0.1, warmup=0.1, min_lr=0.01 if masks_only else 0.1)
+    defaults |= dict(seq_len=128, batch=8) if facts else dict(seq_len=64, batch=16) if sites else dict(seq_len=80, batch=32) if entities else {}
+    if config.method == "meco":
+        defaults |= dict(weight_decay=0.033, warmup=0.05) | ({} if config.model else dict(lr=3e-3))
+    elif expands:
+        defaults |= dict(weight_decay=0.0, warmup=0.04, lr=3e-4 if config.model else 6e-3) | (dict(seq_len=256, batch=16, lr=5e-3) if facts else {})
     config = dataclasses.replace(config, **{k: v for k, v in defaults.items() if getattr(config, k) is None})
     if config.checkpointing is None:
         longest = max(s.length for s in stages) if config.stages else 0
         config = dataclasses.replace(config, checkpointing=max(config.seq_len * config.batch, longest) >= 8192)
-    if (config.method == "sft" or getattr(settings, "chat", False)) and not (config.model and (config.data == "problems" or config.data.endswith((".json", ".jsonl")))):
+    chats = config.data == "problems" or config.data.endswith((".json", ".jsonl"))
+    if (config.method == "sft" or getattr(settings, "chat", False)) and not (config.model and chats):
         raise ValueError("conversations want --model DIR and --data FILE.jsonl, FILE.json or problems")
     if config.method == "meco" and not (sites and not config.model or config.data.endswith(".jsonl")) or sites and config.method != "meco":
         raise ValueError("--method meco wants --data FILE.jsonl, or no --model and --data sites, which no other method takes")
@@ -1100,16 +1120,7 @@ def main(argv=None):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch.use_deterministic_algorithms wants it
         torch.use_deterministic_algorithms(True)
     if config.method in ("cepe", "ceped"):
-        if config.seq_parallel > 1:
-            raise ValueError("--seq_parallel means nothing to CEPE, whose contexts are parallel already")
-        if settings.context + 4 > config.seq_len:
-            raise ValueError(f"--context {settings.context} leaves the decoder fewer than 4 of --seq_len {config.seq_len} tokens")
-        if settings.context % settings.chunk_size:
-            raise ValueError(f"--context {settings.context} is not a multiple of --chunk_size {settings.chunk_size}")
-        if config.eval_seqs < 2:
-            raise ValueError("--eval_seqs 1: other documents' chunks need another document")
-        if settings.mlm + settings.duplicate >= 1:
-            raise ValueError(f"--mlm {settings.mlm} and --duplicate {settings.duplicate} leave no step to read what came before")
+        check_cepe(config, settings)
     if config.method in ("prulong", "duo") and settings.window + settings.sink >= config.seq_len:
         raise ValueError(f"--sink {settings.sink} and --window {settings.window} show a streaming head all of --seq_len {config.seq_len}")
     llama = load_config(config.model) if config.model else TINY
@@ -1127,7 +1138,8 @@ def main(argv=None):
     whole_model = not config.checkpointing and processes()[1] == 1  # else casts of all layers' weights would be held at once
     autocast = lambda: torch.autocast(kind, DTYPES[dtype], enabled=dtype != "float32", cache_enabled=whole_model)
     print(f"{config.method}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {config.steps} steps of "
-          f"{config.grad_accum * config.batch} x {config.seq_len} tokens{f' and on, {config.stages},' if config.stages else ''} of {config.data}; {dtype} ({reason}), {config.device}", flush=True)
+          f"{config.grad_accum * config.batch} x {config.seq_len} tokens{f' and on, {config.stages},' if config.stages else ''} of {config.data}; "
+          f"{dtype} ({reason}), {config.device}", flush=True)
     about = {"method": config.method, "settings": run_settings(config, settings), "dtype": dtype}
     method = build_method(model, settings or config, config.seed)
     for stage in stages:
@@ -1162,14 +1174,16 @@ def main(argv=None):
         for name in TOKENIZER_FILES:
             if config.model and os.path.exists(os.path.join(config.model, name)):
                 shutil.copy(os.path.join(config.model, name), config.out_dir)
-    if reads:
-        seconds = results[config.method][1]
-        outcome = report_answers(model, data, config, settings, seconds) if config.data == "facts" else report_chunks(model, data, config, settings, seconds, autocast)
+    seconds = results[config.method][1]
+    if reads and config.data == "facts":
+        outcome = report_answers(model, data, config, settings, seconds)
+    elif reads:
+        outcome = report_chunks(model, data, config, settings, seconds, autocast)
     elif config.method == "meco":
         after = meco.conditioned_losses(model, data.exams, settings.first_tokens, autocast)
-        outcome = report_conditions(before, after, settings.first_tokens, results[config.method][1])
+        outcome = report_conditions(before, after, settings.first_tokens, seconds)
     elif not learns_heads:
-        outcome = report_lm(before, model, data, config, results[config.method][1], dtype, autocast)
+        outcome = report_lm(before, model, data, config, seconds, dtype, autocast)
     else:
         if first:
             prulong.save_heads(os.path.join(config.out_dir, "heads.tsv"), method.mask())
