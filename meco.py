@@ -284,7 +284,7 @@ class SiteData:
 @dataclass
 class Demo:
     steps: int = flag(300, "training steps of each run", low=1)
-    seeds: int = flag(5, "runs of each kind", low=1, high=100)
+    seeds: int = flag(1, "runs of each kind (README: 5)", low=1, high=100)
     tables_per_site: int = flag(1, "2: a URL leaves two of eight tables", low=1, high=8)
     model: str | None = flag(None, "folder of a Llama: answer --prompt instead")
     prompt: str | None = flag(None, "text to continue")

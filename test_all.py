@@ -1026,6 +1026,32 @@ def test_topics_are_told_once_and_asked_for_later():
     assert (passkeys.targets >= eval_tasks.ANSWER).sum() == 20 and passkeys.targets.max() < eval_tasks.TOPIC and (passkeys.tokens == eval_tasks.CUE).sum() == 4
 
 
+class Near(train.LM):
+    """A method from elsewhere: every layer sees 4 tokens."""
+
+    def attend(self, cu_seqlens):
+        cu_seqlens = cu_seqlens.tolist()
+        return lambda layer, q, k, v: attention(q, k, v, cu_seqlens, cu_seqlens, window=4)
+
+
+def test_main_takes_methods_from_elsewhere(tmp_path, monkeypatch, capsys):
+    """Its attention is used in training and in the score."""
+    monkeypatch.chdir(tmp_path)
+    model = eval_tasks.tiny_start(0)
+    save_model(model, "out/tiny-seed0")
+    train.main("--method near --data facts --seq_len 64 --batch 2 --steps 2 --lr 0 --eval_seqs 2".split(), train.METHODS | {"near": (Near, None)})
+    rows = [json.loads(line) for line in open("out/near/log.jsonl")]
+    batch = train.FactData(64, 2).batch(np.random.default_rng([0, 0, 0]))
+    near = model.loss(batch.tokens, batch.targets, Near.attend(None, batch.cu_seqlens), weights=batch.weights)
+    assert rows[1]["loss"] == pytest.approx(near.item(), abs=1e-6) and rows[1]["loss"] != pytest.approx(
+        model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, weights=batch.weights).item(), abs=1e-6)
+    facts = eval_tasks.fact_stream(np.random.default_rng([0, 2 ** 31]), 2, *eval_tasks.CURRICULUM[-1][:3])
+    want = eval_tasks.recall(model, facts, Near.attend(None, facts.batch.cu_seqlens), facts.far(1, 0))
+    assert rows[-1]["before"] == rows[-1]["after"] == pytest.approx(want)
+    with pytest.raises(ValueError, match="'near' is none of lm, "):
+        train.main(["--method", "near"])
+
+
 def test_two_skills_are_scored_apart(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_model(eval_tasks.tiny_start(0, eval_tasks.TOPICAL), tmp_path / "out" / "topics-seed0")

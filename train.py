@@ -9,9 +9,9 @@
     python train.py --method meco --model DIR --data FILE.jsonl  # lines {"text", "url"}; without --model and --data, site tables
     torchrun --nproc_per_node 8 train.py ...                     # the same run, by several processes; --seq_parallel 8 for long documents
 
-A method is a class with param_groups, lr_scale, batch and loss, those that learn heads also with scores and mask (see LM here
-and PruLong in prulong.py); METHODS names them. Batch t is a pure
-function of (seed, t), and a checkpoint holds all there is to a run: after --resume it ends in the same bits.
+A method is a class with param_groups, lr_scale, batch, loss and attend, for those that learn heads scores and mask instead of attend
+(see LM here and PruLong in prulong.py); METHODS names them, and main takes others. Batch t is a pure function of (seed, t), and a
+checkpoint holds all there is to a run: after --resume it ends in the same bits.
 
 Source of the recipe (packing, label rule, blockwise loss, token averaging): ProLong, arXiv:2410.02660.
 """
@@ -49,7 +49,7 @@ from model import (DTYPES, Batch, Llama, SequenceParallel, append_line, byte_tok
 
 @dataclass
 class Config:
-    method: str = flag("lm", "what to train", choices=("lm", "sft", "vlorp", "meco", "cepe", "ceped", "prulong", "duo"))
+    method: str = flag("lm", "what to train: lm, sft, vlorp, meco, cepe, ceped, prulong or duo")
     model: str | None = flag(None, "folder of a Llama; by default a tiny one (vocabulary of the data)")
     data: str | None = flag(None, "facts (embedded stream), topics (with a second skill, for prulong and duo), stdlib (Python's own sources), "
                                   "a folder, text or jsonl file, or a mixture name=weight:PATH,... (default: facts, with --model stdlib); for "
@@ -97,7 +97,11 @@ class LM:
         return data.batch(rng)
 
     def loss(self, model, batch, step, steps):
-        return model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, weights=batch.weights), {}
+        return model.loss(batch.tokens, batch.targets, self.attend(batch.cu_seqlens), weights=batch.weights), {}
+
+    def attend(self, cu_seqlens):
+        """How the model attends, in training and evaluation: see Llama.forward."""
+        return causal(cu_seqlens)
 
 
 class Stage(typing.NamedTuple):
@@ -712,25 +716,31 @@ def streaming_footprint(mask, n, sink, window) -> float:
     return full + (1 - full) * float(footprint(kept))
 
 
-@torch.no_grad()
 def score_masks(model, data, masks, sink, window, config, autocast):
-    """({name: a score per mask}, tokens): far recall of each skill of the fact stream at 512 tokens (higher is better), or held-out
-    loss [nats / token]."""
+    """`scores_of` hard masks (n_layer, n_kv_head) with their sink and window."""
+    ways = [lambda cu_seqlens, mask=mask: prulong.split(mask, cu_seqlens, sink, window) for mask in masks]
+    return scores_of(model, data, ways, sink, window, config, autocast)
+
+
+@torch.no_grad()
+def scores_of(model, data, ways, sink, window, config, autocast):
+    """({name: a score per way of attending}, tokens): far recall (outside sink and window) of each skill of the fact stream at 512 tokens,
+    higher is better, or held-out loss [nats / token]. ways: functions of cu_seqlens that give an `attend`."""
     if isinstance(data, FactData):
         skills, named = skill_stream(np.random.default_rng([config.seed, 2 ** 31]), config.eval_seqs, *CURRICULUM[-1][:3], data.topics), {}
         for skill, facts in skills.items():
-            scores = [0.0] * len(masks)
-            for i in tqdm(dealt(range(len(masks))), desc="recall", unit="mask", disable=None, leave=False):
-                scores[i] = recall(model, facts, prulong.split(masks[i], facts.batch.cu_seqlens, sink, window), facts.far(window, sink))
+            scores = [0.0] * len(ways)
+            for i in tqdm(dealt(range(len(ways))), desc="recall", unit="mask", disable=None, leave=False):
+                scores[i] = recall(model, facts, ways[i](facts.batch.cu_seqlens), facts.far(window, sink))
             named[f"far recall of {skill}" if data.topics else "far recall"] = summed(scores)
         return named, CURRICULUM[-1][0]
-    scores = [0.0] * len(masks)
+    scores = [0.0] * len(ways)
     shares = target_shares(data.held_out)
-    jobs = [(i, b, share) for i in range(len(masks)) for b, share in zip(data.held_out, shares)]
+    jobs = [(i, b, share) for i in range(len(ways)) for b, share in zip(data.held_out, shares)]
     for i, b, share in tqdm(dealt(jobs), desc="held-out loss", unit="sequence", disable=None, leave=False):
         b = Batch(*(x if x is None else x.to(config.device) for x in b))
         with autocast():
-            scores[i] += share * model.loss(b.tokens, b.targets, prulong.split(masks[i], b.cu_seqlens, sink, window)).item()
+            scores[i] += share * model.loss(b.tokens, b.targets, ways[i](b.cu_seqlens)).item()
     return {"held-out loss": summed(scores)}, data.seq_len
 
 
@@ -771,10 +781,10 @@ def report_heads(results, model, data, settings, config, autocast):
             "masks": {name: mask.int().tolist() for name, mask in masks.items()}}
 
 
-def score_weights(model, data, config, dtype, autocast):
-    """Held-out loss, or far recall, of a model with its full cache; where conversations have checkable ends, also the share of right ones."""
-    full = torch.ones(model.config.n_layer, model.config.n_kv_head, dtype=torch.bool)
-    columns, n = score_masks(model, data, [full], 0, 1, config, autocast)
+def score_weights(model, method, data, config, dtype, autocast):
+    """Held-out loss, or far recall, of a model that attends as its method says; where conversations have checkable ends, also the share
+    of right ones, with the full cache."""
+    columns, n = scores_of(model, data, [method.attend], 0, 1, config, autocast)
     (name, (score,)), = columns.items()
     exams = getattr(data, "exams", [(None, None)])
     checkable = all(answer is not None for _, answer in exams)
@@ -799,8 +809,7 @@ def length_scores(model, stages, config, autocast):
         lengths = [stages[0].length * k for k in (1, 2, 4)]
         facts = [fact_stream(np.random.default_rng([config.seed, 2 ** 31]), config.eval_seqs, n, *CURRICULUM[0][1:3]) for n in lengths]
         return {n: recall(model, f, causal(f.batch.cu_seqlens)) for n, f in zip(lengths, facts)}
-    full = torch.ones(model.config.n_layer, model.config.n_kv_head, dtype=torch.bool)
-    return {stage.length: score_masks(model, stage.data, [full], 0, 1, config, autocast)[0]["held-out loss"][0] for stage in stages}
+    return {stage.length: scores_of(model, stage.data, [causal], 0, 1, config, autocast)[0]["held-out loss"][0] for stage in stages}
 
 
 def report_stages(log_path, name):
@@ -813,8 +822,8 @@ def report_stages(log_path, name):
     return [{"length": row["length"], "scores": row["scores"]} for row in rows]
 
 
-def report_lm(before, model, data, config, seconds, dtype, autocast):
-    after, score_name = score_weights(model, data, config, dtype, autocast), before["score"]
+def report_lm(before, model, method, data, config, seconds, dtype, autocast):
+    after, score_name = score_weights(model, method, data, config, dtype, autocast), before["score"]
     shown = lambda row: f"{row[score_name]:.3f} | {'-' if row['accuracy'] is None else format(row['accuracy'], '.3f')}"
     print(f"\n| | {score_name} at {before['tokens']} tokens | right answers of {config.eval_seqs} | CPU seconds |\n|---|---|---|---|\n"
           f"| before | {shown(before)} | 0.0 |\n| after | {shown(after)} | {seconds:.1f} |\n")
@@ -1101,13 +1110,15 @@ def fill_defaults(config, settings):
     return config
 
 
-def main(argv=None):
+def main(argv=None, methods=METHODS):
     argv = sys.argv[1:] if argv is None else argv
     named = [b for a, b in zip(argv, argv[1:]) if a == "--method"] + [a[9:] for a in argv if a.startswith("--method=")]
-    build_method, method_config = METHODS.get(named[-1] if named else "lm", METHODS["lm"])
+    build_method, method_config = methods.get(named[-1] if named else "lm", methods["lm"])
     parsed = parse([Config, method_config] if method_config else [Config], argv, __doc__.split("\n")[0] +
                    " More flags come with --method prulong, duo and vlorp.")
     settings = parsed[1] if method_config else None
+    if parsed[0].method not in methods:
+        raise ValueError(f"--method: {parsed[0].method!r} is none of {', '.join(methods)}")
     check_used(parsed[0], settings)
     config = fill_defaults(parsed[0], settings)
     if config.method in ("cepe", "ceped"):
@@ -1157,7 +1168,7 @@ def main(argv=None):
     elif config.method == "meco":
         before = meco.conditioned_losses(model, data.exams, settings.first_tokens, autocast)
     elif not learns_heads:
-        before = score_weights(model, data, config, dtype, autocast)
+        before = score_weights(model, method, data, config, dtype, autocast)
     spread(model, method, config)
     wait_for_all()  # until the first has emptied --out_dir
     results = {config.method: (method, fit(method, model, stages, config, config.out_dir, about, autocast))}
@@ -1183,7 +1194,7 @@ def main(argv=None):
         after = meco.conditioned_losses(model, data.exams, settings.first_tokens, autocast)
         outcome = report_conditions(before, after, settings.first_tokens, seconds)
     elif not learns_heads:
-        outcome = report_lm(before, model, data, config, seconds, dtype, autocast)
+        outcome = report_lm(before, model, method, data, config, seconds, dtype, autocast)
     else:
         if first:
             prulong.save_heads(os.path.join(config.out_dir, "heads.tsv"), method.mask())
