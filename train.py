@@ -1110,8 +1110,9 @@ def fill_defaults(config, settings):
     return config
 
 
-def main(argv=None, methods=METHODS):
-    argv = sys.argv[1:] if argv is None else argv
+def read_flags(argv, methods):
+    """(Config, the method's settings or None, what builds the method) of a command line, defaults filled in. Raises ValueError for flags
+    that cannot be together."""
     named = [b for a, b in zip(argv, argv[1:]) if a == "--method"] + [a[9:] for a in argv if a.startswith("--method=")]
     build_method, method_config = methods.get(named[-1] if named else "lm", methods["lm"])
     parsed = parse([Config, method_config] if method_config else [Config], argv, __doc__.split("\n")[0] +
@@ -1123,6 +1124,14 @@ def main(argv=None, methods=METHODS):
     config = fill_defaults(parsed[0], settings)
     if config.method in ("cepe", "ceped"):
         settings = cepe_defaults(config, settings)
+        check_cepe(config, settings)
+    if config.method in ("prulong", "duo") and settings.window + settings.sink >= config.seq_len:
+        raise ValueError(f"--sink {settings.sink} and --window {settings.window} show a streaming head all of --seq_len {config.seq_len}")
+    return config, settings, build_method
+
+
+def main(argv=None, methods=METHODS):
+    config, settings, build_method = read_flags(sys.argv[1:] if argv is None else argv, methods)
     join_processes(config.device)
     check_device(config.device)
     if processes()[1] % config.seq_parallel:
@@ -1130,10 +1139,6 @@ def main(argv=None, methods=METHODS):
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch.use_deterministic_algorithms wants it
         torch.use_deterministic_algorithms(True)
-    if config.method in ("cepe", "ceped"):
-        check_cepe(config, settings)
-    if config.method in ("prulong", "duo") and settings.window + settings.sink >= config.seq_len:
-        raise ValueError(f"--sink {settings.sink} and --window {settings.window} show a streaming head all of --seq_len {config.seq_len}")
     llama = load_config(config.model) if config.model else TINY
     if llama.n_kv_head % config.seq_parallel:
         raise ValueError(f"--seq_parallel {config.seq_parallel} does not divide the model's {llama.n_kv_head} KV heads")
