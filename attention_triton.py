@@ -779,7 +779,7 @@ def fused_decode(q, k, v, cu_k, scale):
 # --- column sums ----------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def column_sums(q, q_pos, k, pos, n_late, impl="auto", rows=256):
+def column_sums(q, q_pos, k, pos, n_late, impl="auto", rows=64):
     """Attention that each entry of a cache receives from given queries: softmax(q k^T / sqrt(D)) summed over the queries.
 
     q (R, H_kv, G, D) at positions q_pos (R,); k (H_kv, n, D) at pos (H_kv, n). A query sees the entries at positions up to
@@ -787,11 +787,11 @@ def column_sums(q, q_pos, k, pos, n_late, impl="auto", rows=256):
     SnapKV's scores (the last queries, arXiv:2404.14469), H2O's (all, arXiv:2306.14048) and TOVA's (one, arXiv:2401.06104)."""
     if use_kernels(impl, q):
         return fused_column_sums(q, q_pos, k, pos)
-    total = 0
-    for start in range(0, len(q), rows):  # a block of rows at a time: never all the scores
+    total, wide = 0, k.float().mT  # (H_kv, D, n)
+    for start in range(0, len(q), rows):  # a block of rows at a time, 19 MB of scores for 9 heads and 8192 entries: 0.7x the time of 256 rows
         part, late = slice(start, start + rows), slice(max(0, k.shape[1] - max(0, n_late - start)), None)
         scaled = (q[part].float() * q.shape[-1] ** -0.5).permute(1, 2, 0, 3).flatten(1, 2)  # (H_kv, G * rows, D)
-        s = (scaled @ k.float().mT).unflatten(1, (q.shape[2], -1))  # (H_kv, G, rows, n)
+        s = (scaled @ wide).unflatten(1, (q.shape[2], -1))  # (H_kv, G, rows, n)
         s[..., late].masked_fill_(pos[:, None, None, late] > q_pos[part, None], -math.inf)
         total = total + torch.softmax(s, -1, out=s).sum(2)
     return total

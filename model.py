@@ -1096,6 +1096,13 @@ def parse_tokenizer_model(path) -> dict:
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f", "#b2182b", "#542788", "#8c6d31")
 
 
+def ticks(most) -> list:
+    """Round numbers from 0 to `most`, at most six."""
+    power = 10 ** math.floor(math.log10(most / 5))
+    step = next(power * k for k in (1, 2, 5, 10) if power * k >= most / 5 * (1 - 1e-9))
+    return [float(f"{step * i:.6g}") for i in range(int(most / step + 1e-9) + 1)]
+
+
 def save_plot(path, *args, **settings):
     """Write what `plot` draws, and say so."""
     with replacing(path) as part, open(part, "w", encoding="utf-8") as f:
@@ -1107,7 +1114,7 @@ def plot(curves, title, x_label, y_label, x_most=None, y_most=None, marks=None) 
     """Lines from 0 on as SVG text. curves: name -> points (x, y), named at the right; the axes end at x_most and a little above y_most (by
     default the largest of all); marks: name -> y of a dashed line. Raises ValueError for a point that is not finite."""
     title, x_label, y_label = map(html.escape, (title, x_label, y_label))
-    width, height, left, top, right, bottom = 760, 440, 60, 40, 170, 50
+    width, height, left, top, right, bottom = 780, 440, 60, 40, 190, 50
     points = [point for xy in curves.values() for point in xy]
     if not all(math.isfinite(v) for point in points for v in point):
         raise ValueError("plot: a point is not finite")
@@ -1120,11 +1127,12 @@ def plot(curves, title, x_label, y_label, x_most=None, y_most=None, marks=None) 
            f'<rect width="{width}" height="{height}" fill="white"/>', f'<text x="{left}" y="20" font-size="14">{title}</text>',
            f'<text x="{x(x_most / 2):.1f}" y="{height - 12}" text-anchor="middle">{x_label}</text>',
            f'<text x="16" y="{middle:.1f}" text-anchor="middle" transform="rotate(-90 16 {middle:.1f})">{y_label}</text>']
-    for i in range(6):
-        a, b = x_most * i / 5, y_most * i / 5
-        out.append(f'<path d="M{x(a):.1f} {floor:.1f}V{top}M{left} {y(b):.1f}H{x(x_most):.1f}" stroke="#e5e5e5"/>')
-        out.append(f'<text x="{x(a):.1f}" y="{floor + 18:.1f}" text-anchor="middle">{a:.3g}</text>')
-        out.append(f'<text x="{left - 8}" y="{y(b) + 4:.1f}" text-anchor="end">{b:.3g}</text>')
+    for a in ticks(x_most):
+        out.append(f'<path d="M{x(a):.1f} {floor:.1f}V{top}" stroke="#e5e5e5"/>')
+        out.append(f'<text x="{x(a):.1f}" y="{floor + 18:.1f}" text-anchor="middle">{a:g}</text>')
+    for b in ticks(y_most):
+        out.append(f'<path d="M{left} {y(b):.1f}H{x(x_most):.1f}" stroke="#e5e5e5"/>')
+        out.append(f'<text x="{left - 8}" y="{y(b) + 4:.1f}" text-anchor="end">{b:g}</text>')
     for name, v in (marks or {}).items():
         out.append(f'<path d="M{left} {y(v):.1f}H{x(x_most):.1f}" stroke="#555" stroke-dasharray="5 4"/>')
         out.append(f'<text x="{left + 4}" y="{y(v) - 4:.1f}" fill="#555">{html.escape(name)}</text>')

@@ -2124,6 +2124,7 @@ def test_footprint_sweep_resumes_and_draws(tmp_path):
     picture = xml.etree.ElementTree.fromstring(model_file.plot({"<a>": [(0, 1), (4, 2)], "b": [(2, 0)]}, "a & b", "x", "y", marks={"m": 1.5}))
     texts = [e.text for e in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert {"<a>", "b", "a & b", "m", "0", "4", "2"} <= set(texts)  # names, and the ends of both axes
+    assert model_file.ticks(1.0) == [0, 0.2, 0.4, 0.6, 0.8, 1] and model_file.ticks(16) == [0, 5, 10, 15] and model_file.ticks(1252) == [0, 500, 1000]
 
 
 @slow
