@@ -34,7 +34,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import distributed, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 import cepe
@@ -441,7 +440,7 @@ def save_checkpoint(path, model, method, optimizer, about):
     for name, part in parts.items():
         tensor = whole(part)
         if first:
-            tensors[name] = tensor.cpu() if isinstance(part, DTensor) else tensor
+            tensors[name] = tensor.cpu() if is_part(part) else tensor
     if first:
         write_tensors(path, tensors, {"about": json.dumps(about)})
 
@@ -503,15 +502,21 @@ def spread(model, method, config):
             register_fsdp_forward_method(model, name)
 
 
+def is_part(tensor) -> bool:
+    """Whether a tensor's parts lie with all processes: a DTensor, whose import takes half a second of every start."""
+    return hasattr(tensor, "full_tensor")
+
+
 def whole(tensor):
     """A tensor whose parts lie with all processes, gathered; others as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_part(tensor) else tensor
 
 
 def as_part(tensor, like):
     """What this process holds of a whole tensor that is to lie as `like` does."""
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:
+    if not is_part(like) or tensor.shape != like.shape:
         return tensor
+    from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
@@ -542,7 +547,7 @@ def my_share(batches, config):
 def average_gradients(optimizer):
     """Mean over the processes of the gradients that FSDP does not see, the method's own."""
     for p in (p for group in optimizer.param_groups for p in group["params"]):
-        if p.grad is not None and not isinstance(p, DTensor):
+        if p.grad is not None and not is_part(p):
             distributed.all_reduce(p.grad)
             p.grad /= processes()[1]
 
