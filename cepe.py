@@ -453,8 +453,8 @@ def first_answers(model, documents, chunk_size, source):
     mention is looked at. source: the own context in chunks, that of others (the next document), prepended to the decoder, or none."""
     right, asked = 0, 0
     for i in dealt(range(len(documents))):
-        before, main = documents[i]
-        before, main = (torch.as_tensor(x).to(model.head.device) for x in (documents[(i + 1) % len(documents)][0] if source == "others" else before, main))
+        before, main = documents[(i + 1) % len(documents) if source == "others" else i][0], documents[i][1]
+        before, main = (torch.as_tensor(x).to(model.head.device) for x in (before, main))
         if source == "prepended":
             hidden = Llama.hidden(model, torch.cat((before, main)))[len(before):]
         elif source == "none":
@@ -462,7 +462,7 @@ def first_answers(model, documents, chunk_size, source):
         else:
             hidden = model.hidden(main, context=model.context(before, split_chunks(len(before), chunk_size)))
         keys = main[::2].tolist()
-        first = torch.tensor([2 * i for i, key in enumerate(keys) if key not in keys[:i]])  # later answers stand in the main text
+        first = torch.tensor([2 * j for j, key in enumerate(keys) if key not in keys[:j]])  # later answers stand in the main text
         right += int((F.linear(hidden[first], model.head).argmax(-1) == main[first + 1]).sum())
         asked += len(first)
     right, asked = summed([right, asked])

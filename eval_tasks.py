@@ -1729,7 +1729,8 @@ def final_answer(text):
 BOS, FILLER, FACT, QUERY, ANSWER = 0, 1, 17, 145, 161  # first token of each kind
 N_FILLER, N_KEY, N_VALUE = 16, 16, 8
 VOCAB = ANSWER + N_VALUE  # 169
-TOPIC, CUE, WORD, N_TOPIC = VOCAB, VOCAB + 8, VOCAB + 9, 8  # only in streams with a topic
+N_TOPIC = 8
+TOPIC, CUE, WORD = VOCAB, VOCAB + N_TOPIC, VOCAB + N_TOPIC + 1  # only in streams with a topic
 
 
 @dataclass(frozen=True)
@@ -1882,7 +1883,7 @@ def tiny_model(seed=0, path=None, max_steps=1200, log=print, topics=False) -> Ll
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.01)
     step, bar = 0, tqdm(desc="tiny model", unit="step", disable=None, leave=False)
     for stage, (length, n_fact, n_query, n_seq, goal) in enumerate(CURRICULUM):
-        average, first = {"facts": 0.0}, step
+        average, first = dict.fromkeys(("facts", "topics") if topics else ("facts",), 0.0), step
         while min(average.values()) < goal:
             if step == max_steps:
                 raise ValueError(f"the tiny model (seed {seed}) is at recall {min(average.values()):.2f} of length {length} after {step} steps")
@@ -1899,7 +1900,7 @@ def tiny_model(seed=0, path=None, max_steps=1200, log=print, topics=False) -> Ll
             for name, skill in skills.items():
                 with torch.no_grad():
                     right = (hidden[skill.query] @ model.head.T).argmax(1) == batch.targets[skill.query]
-                average[name] = average.get(name, 0.0) + 0.1 * (right.float().mean().item() - average.get(name, 0.0))
+                average[name] += 0.1 * (right.float().mean().item() - average[name])
             step += 1
             bar.update()
             bar.set_postfix(length=length, loss=f"{loss.item():.3f}", recall=f"{min(average.values()):.3f}")

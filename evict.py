@@ -427,19 +427,19 @@ def compare_policies(length, new):
 
 def draw_memory(config, settings):
     """A figure of peak resident memory against the share of entries kept; every run a process of its own."""
-    def peak(policy, keep):
-        flags = {"model": config.model, "length": config.length, "new": config.new, "dtype": config.dtype, "policy": policy, "keep": keep,
-                 "chunk": settings.chunk or 512}
-        flags = [x for name, value in flags.items() if value is not None for x in (f"--{name}", str(value))]
-        done = subprocess.run([sys.executable, os.path.abspath(__file__), *flags], stdout=subprocess.PIPE, text=True)
+    chunk = settings.chunk or 512
+
+    def peak(policy, *keep):
+        run_of = [sys.executable, os.path.abspath(__file__), "--model", config.model, "--length", str(config.length), "--new", str(config.new),
+                  "--dtype", config.dtype, "--chunk", str(chunk), "--policy", policy, *keep]
+        done = subprocess.run(run_of, stdout=subprocess.PIPE, text=True)
         if done.returncode:  # the run has said why
-            raise ValueError(f"policy {policy}, share kept {keep}: no figure")
-        row = json.loads(done.stdout.splitlines()[-1])
-        print(done.stdout.splitlines()[-1], flush=True)
-        return row["peak_resident_bytes"] / 1e6
-    full = peak("full", None)
-    curves = {policy: [(keep, peak(policy, keep)) for keep in (0.05, 0.1, 0.25, 0.5, 0.75)] for policy in ("snapkv", "pyramidkv", "h2o")}
-    title = f"{config.length} tokens in chunks of {settings.chunk or 512}, {config.dtype}"
+            raise ValueError(f"policy {policy} {' '.join(keep)}: no figure")
+        print(done.stdout, end="", flush=True)
+        return json.loads(done.stdout)["peak_resident_bytes"] / 1e6
+    full = peak("full")
+    curves = {policy: [(keep, peak(policy, "--keep", str(keep))) for keep in (0.05, 0.1, 0.25, 0.5, 0.75)] for policy in ("snapkv", "pyramidkv", "h2o")}
+    title = f"{config.length} tokens in chunks of {chunk}, {config.dtype}"
     save_plot(config.figure, curves, title, "share of entries kept", "peak resident memory [MB]", 1.0, full, {"full cache": full})
 
 

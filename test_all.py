@@ -1042,11 +1042,12 @@ def test_main_takes_methods_from_elsewhere(tmp_path, monkeypatch, capsys):
     train.main("--method near --data facts --seq_len 64 --batch 2 --steps 2 --lr 0 --eval_seqs 2".split(), train.METHODS | {"near": (Near, None)})
     rows = [json.loads(line) for line in open("out/near/log.jsonl")]
     batch = train.FactData(64, 2).batch(np.random.default_rng([0, 0, 0]))
-    near = model.loss(batch.tokens, batch.targets, Near.attend(None, batch.cu_seqlens), weights=batch.weights)
+    slow = lambda cu: lambda layer, q, k, v: slow_attention(q, k, v, cu.tolist(), cu.tolist(), window=4)[0].to(q.dtype)
+    near = model.loss(batch.tokens, batch.targets, slow(batch.cu_seqlens), weights=batch.weights)
     assert rows[1]["loss"] == pytest.approx(near.item(), abs=1e-6) and rows[1]["loss"] != pytest.approx(
         model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, weights=batch.weights).item(), abs=1e-6)
     facts = eval_tasks.fact_stream(np.random.default_rng([0, 2 ** 31]), 2, *eval_tasks.CURRICULUM[-1][:3])
-    want = eval_tasks.recall(model, facts, Near.attend(None, facts.batch.cu_seqlens), facts.far(1, 0))
+    want = eval_tasks.recall(model, facts, slow(facts.batch.cu_seqlens), facts.far(1, 0))
     assert rows[-1]["before"] == rows[-1]["after"] == pytest.approx(want)
     with pytest.raises(ValueError, match="'near' is none of lm, "):
         train.main(["--method", "near"])
@@ -1059,6 +1060,15 @@ def test_two_skills_are_scored_apart(tmp_path, monkeypatch, capsys):
     out = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["heads"] for row in out["rows"]] == ["full cache", "prulong", "duo", "random, mean of 2"]
     assert all(set(row["score"]) == {"far recall of facts", "far recall of topics"} for row in out["rows"]) and len(out["random"]) == 2
+    length, n_fact, n_query = eval_tasks.CURRICULUM[-1][:3]
+    rng = np.random.default_rng([0, 2 ** 31])
+    skills = eval_tasks.with_topic(rng, eval_tasks.fact_stream(rng, 2, length - 17, n_fact, n_query), 8)
+    best = eval_tasks.tiny_start(0, eval_tasks.TOPICAL)(skills[0].batch.tokens.view(2, length)[0]).argmax(1), \
+        eval_tasks.tiny_start(0, eval_tasks.TOPICAL)(skills[0].batch.tokens.view(2, length)[1]).argmax(1)
+    for name, skill in zip(("facts", "topics"), skills):
+        far = skill.query[(skill.query - skill.fact >= 32) & (skill.fact % length >= 4)]
+        want = (torch.cat(best)[far] == skill.batch.tokens[far + 1]).float().mean().item()
+        assert out["rows"][0]["score"][f"far recall of {name}"] == pytest.approx(want)
     save_model(Llama(eval_tasks.TINY), tmp_path / "m")
     for flags, words in (("--method lm", "--data topics"), ("--method prulong --model m", "token 185 of the data is outside")):
         with pytest.raises(ValueError, match=words):
@@ -1403,7 +1413,7 @@ def train_together(rank, size, port, cwd, resume):
         sys.exit(130)
 
 
-def test_a_part_without_targets_moves_nothing(monkeypatch):
+def test_a_part_without_targets_moves_nothing():
     """A process may get metadata alone, or a context without a masked token: loss 0, and a gradient of 0 for every weight."""
     model = Llama(dataclasses.replace(eval_tasks.TINY, tie_embeddings=False)).init_weights(0)
     batch = Batch(torch.arange(5), torch.full((5,), -100), torch.tensor([0, 5]))
@@ -3068,11 +3078,12 @@ def test_cepe_trains_end_to_end(tmp_path, monkeypatch, capsys):
     assert rows["CEPE"][-1] < rows["CEPE"][0] - 1 and rows["other documents' chunks"][-1] > rows["CEPE"][0]
     save_model(Llama(dataclasses.replace(eval_tasks.TINY, vocab_size=258)).init_weights(0), "m")
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 300}) + "\n" for i in range(40)))
-    args = ["--data", "text.jsonl", "--seq_len", "96", "--enc_width", "32", "--enc_layers", "1", "--chunk_size", "16", "--steps", "10", "--eval_seqs", "2"]
+    common = ["--data", "text.jsonl", "--seq_len", "96", "--chunk_size", "16", "--steps", "10", "--eval_seqs", "2"]
+    args = [*common, "--enc_width", "32", "--enc_layers", "1"]
     train.main(["--method", "cepe", "--model", "m", *args, "--out_dir", "b"])
     first = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert first["chunks"] == [0, 1, 3] and all(math.isfinite(x) for row in first["rows"].values() for x in row)
-    train.main(["--method", "ceped", "--model", "b", *args[:4], *args[8:], "--top_k", "5", "--mlm", "0", "--out_dir", "c"])  # goes on from a CEPE folder
+    train.main(["--method", "ceped", "--model", "b", *common, "--top_k", "5", "--mlm", "0", "--out_dir", "c"])  # goes on from a CEPE folder
     model, decoder = cepe.load_cepe("c"), load_model("m")
     assert all(torch.equal(p, dict(model.named_parameters())[name]) for name, p in decoder.named_parameters())
     for bad, words in ((["--context", "95"], "fewer than 4"), (["--context", "40"], "multiple of --chunk_size"), (["--enc_width", "30"], "multiple"), (["--enc_width", "128"], "above"), (["--data", "entities"], "entities")):
@@ -3081,7 +3092,7 @@ def test_cepe_trains_end_to_end(tmp_path, monkeypatch, capsys):
 
 
 def test_an_encoder_can_begin_as_the_decoders_first_layers(tmp_path, monkeypatch, capsys):
-    """Every weight of it is the decoder's, and stays apart from it; from there, exact recall comes where a fresh encoder has none."""
+    """Every weight of it is the decoder's, and stays apart from it. What the frozen decoder answers by itself is counted by hand."""
     decoder = eval_tasks.tiny_start(0)
     model = cepe.extend(decoder, cepe.first_layers(decoder.config, 2), enc_init="decoder")
     for mine, own in zip(model.encoder.layers, decoder.model.layers):
@@ -3102,7 +3113,14 @@ def test_an_encoder_can_begin_as_the_decoders_first_layers(tmp_path, monkeypatch
     capsys.readouterr()
     train.main("--method cepe --data facts --steps 2 --eval_seqs 2 --out_dir facts".split())
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    assert set(rows) == {"own", "others", "prepended", "none"} and all(0 <= x <= 1 for x in rows.values())
+    right = {"none": [], "prepended": []}
+    for before, main in train.FactData(256, 8).documents(np.random.default_rng([0, 2 ** 31]), 192):
+        for name, front in (("none", []), ("prepended", before.tolist())):
+            best = decoder(torch.tensor([*front, *main])).argmax(1)[len(front):].tolist()
+            asked = dict(reversed([(int(key), 2 * j) for j, key in enumerate(main[::2])]))  # where each key stands first
+            right[name] += [best[j] == main[j + 1] for j in asked.values()]
+    assert set(rows) == {"own", "others", "prepended", "none"}
+    assert all(rows[name] == pytest.approx(sum(counted) / len(counted)) for name, counted in right.items())
     for flags, words in (("--enc_init decoder --enc_layers 3", "has 2 to begin as"), ("--enc_init decoder --enc_width 32", "means nothing")):
         with pytest.raises(ValueError, match=words):
             train.main(f"--method cepe --decoder_steps 1 --out_dir x {flags}".split())
@@ -3355,7 +3373,7 @@ def test_several_processes_train_as_one(trained_together, name):
     assert len(losses[0]) == 20 and losses[0][0] != losses[0][-1] and len(scores[0]) == 2 * (name == "stages")
     for i in range(1, len(losses)):
         assert losses[i] == pytest.approx(losses[0], abs=1e-5)
-        assert all(mine == pytest.approx(theirs, abs=0.02) for mine, theirs in zip(scores[i], scores[0]))  # of 128 answers or more
+        assert scores[i] == scores[0]
         assert files[i] == files[0] and {k: (v.shape, v.dtype) for k, v in tensors[i].items()} == {k: (v.shape, v.dtype) for k, v in tensors[0].items()}
         for key, tensor in tensors[0].items():
             if not key.startswith("optimizer"):  # Adam makes of the last bit of a gradient near 0 a step of either sign

@@ -9,8 +9,8 @@
     python train.py --method meco --model DIR --data FILE.jsonl  # lines {"text", "url"}; without --model and --data, site tables
     torchrun --nproc_per_node 8 train.py ...                     # the same run, by several processes; --seq_parallel 8 for long documents
 
-A method is a class with param_groups, lr_scale, batch, loss and attend, for those that learn heads scores and mask instead of attend
-(see LM here and PruLong in prulong.py); METHODS names them, and main takes others. Batch t is a pure function of (seed, t), and a
+A method is a class with param_groups, lr_scale, batch and loss, and what its report asks for: attend (see LM here), or scores and mask where
+heads are learned (PruLong in prulong.py). METHODS names them, and main takes others. Batch t is a pure function of (seed, t), and a
 checkpoint holds all there is to a run: after --resume it ends in the same bits.
 
 Source of the recipe (packing, label rule, blockwise loss, token averaging): ProLong, arXiv:2410.02660.
@@ -42,8 +42,8 @@ import prulong
 import vlorp
 from eval_tasks import CURRICULUM, TINY, TOPICAL, fact_stream, final_answer, recall, skill_stream, tiny_model, tiny_start, word_problem
 from model import (DTYPES, Batch, Llama, SequenceParallel, append_line, byte_tokenizer, causal, check_device, collate, dealt, divide,
-                   first_alone, flag, footprint, generate, join_processes, load_config, load_model, load_tokenizer, parse, peak_memory, processes, read_json, replacing, run, save_model, save_plot,
-                   summed, wait_for_all, warmup_cosine, write_tensors)
+                   first_alone, flag, footprint, generate, join_processes, load_config, load_model, load_tokenizer, parse, peak_memory,
+                   processes, read_json, replacing, run, save_model, save_plot, summed, wait_for_all, warmup_cosine, write_tensors)
 
 
 @dataclass
@@ -1033,13 +1033,13 @@ def build_stages(config, settings, vocab_size) -> list:
 
 def cepe_defaults(config, settings):
     """Defaults of cepe.Config that depend on the data."""
-    if (settings.enc_init == "decoder" or settings.enc_init is None and config.data == "facts") and settings.enc_width is not None:
-        raise ValueError("--enc_width means nothing with --enc_init decoder: the decoder's is taken")
     defaults = dict(context=config.seq_len // 2, chunk_size=256, enc_layers=6, enc_width=256, enc_init="fresh", init="copy", mlm=0.2, duplicate=0.2)
     if config.data == "entities":
         defaults |= dict(context=64, chunk_size=16, enc_layers=2, enc_width=48, init="zero", mlm=0.0, duplicate=0.05)
     elif config.data == "facts":
         defaults |= dict(context=192, chunk_size=32, enc_layers=1, enc_width=48, enc_init="decoder", mlm=0.0, duplicate=0.0)
+    if (settings.enc_init or defaults["enc_init"]) == "decoder" and settings.enc_width is not None:
+        raise ValueError("--enc_width means nothing with --enc_init decoder: the decoder's is taken")
     return dataclasses.replace(settings, **{k: v for k, v in defaults.items() if getattr(settings, k) is None})
 
 

@@ -29,7 +29,7 @@ from fractions import Fraction
 import torch
 from torch import distributed
 
-from model import Llama, LlamaConfig, flag, load_model, parse, peak_memory, run
+from model import Llama, LlamaConfig, flag, load_model, parse, peak_memory, processes, run
 
 SCHEMES = ("projfactor", "subspace", "original")
 BASES = ("normal", "rademacher", "svd")
@@ -109,10 +109,10 @@ class ProjFactor(torch.optim.Optimizer):
                 self.take(p)
         gradients = {p: self.state[p].pop("sum") if projected(p, group) else p.grad for p, group in self.groups()
                      if ("sum" in self.state[p] if projected(p, group) else p.grad is not None)}
-        if distributed.is_available() and distributed.is_initialized():
+        if processes()[1] > 1:
             for g in gradients.values():
                 distributed.all_reduce(g)
-                g /= distributed.get_world_size()
+                g /= processes()[1]
         self.norm = torch.stack([g.float().norm() for g in gradients.values()]).norm().item() if gradients else 0.0
         if not math.isfinite(self.norm):
             self.skipped += 1
@@ -272,7 +272,8 @@ def leading_directions(rows, r):
     """The r leading right singular vectors of rows (N, k), summed over processes: (k, r), the same on all. From the smaller Gram matrix:
     a full SVD takes several times as long."""
     rows = rows.nan_to_num(0.0, 0.0, 0.0)  # such a step is skipped later, but must get there
-    if together := distributed.is_available() and distributed.is_initialized():
+    several = processes()[1] > 1
+    if several:
         distributed.all_reduce(rows)
     if rows.shape[0] >= rows.shape[1]:
         basis = torch.linalg.eigh(rows.T @ rows)[1][:, -r:]
@@ -280,7 +281,7 @@ def leading_directions(rows, r):
         left = torch.linalg.eigh(rows @ rows.T)[1][:, -r:]
         basis = torch.linalg.qr(rows.T @ left)[0]
     basis = basis.contiguous()
-    if together:
+    if several:
         distributed.broadcast(basis, 0)
     return basis
 
