@@ -858,8 +858,9 @@ def fused_column_sums(q, q_pos, k, pos):
 
 
 # --- tiles ----------------------------------------------------------------------------------------------------------
-# BM x BN, warps, pipeline stages. A table instead of tuning on the spot: each row compiles without spills; `python attention_triton.py` prints what the compiler makes of it. 8 warps want
-# BM = 128 on sm_90: with 64 rows both warp groups would compute the same ones. float32 products run as three tf32 ones.
+# BM x BN, warps, pipeline stages. A table instead of tuning on the spot: each row compiles without spills; `python attention_triton.py`
+# prints what the compiler makes of it. 8 warps want BM = 128 on sm_90: with 64 rows both warp groups would compute the same ones.
+# float32 products run as three tf32 ones.
 
 TILES = {
     "forward_kernel": {(90, 64): (128, 64, 8, 2), (90, 128): (128, 64, 8, 2), (80, 64): (64, 64, 4, 3), (80, 128): (128, 32, 8, 2),

@@ -40,14 +40,16 @@ class Config:
                                      "entity stream 64, facts 192)", low=1)
     chunk_size: int | None = flag(None, "tokens that the encoder reads at once (default: 256; entity stream 16, facts 32)", low=1)
     enc_layers: int | None = flag(None, "layers of a fresh encoder (default: 6; entity stream 2, facts 1; official: 24)", low=1, high=200)
-    enc_width: int | None = flag(None, "width of a fresh encoder, at most the decoder's (default: 256; entity stream 48; official: 1024)", low=8, high=16384)
+    enc_width: int | None = flag(None, "width of a fresh encoder, at most the decoder's (default: 256; entity stream 48; official: 1024)",
+                                 low=8, high=16384)
     enc_init: str | None = flag(None, "of the encoder: fresh (embeddings are columns of the decoder's), or decoder: its first layers, at its "
                                       "width (default: fresh; facts decoder)", choices=("fresh", "decoder"))
     decoder_steps: int = flag(1000, "entity stream: that train its decoder first", low=1)
     init: str | None = flag(None, "of the cross-attention's output: copy of the self-attention's, or zero: the first step changes nothing (default: copy; "
                                   "entity stream zero)", choices=("copy", "zero"))
     last_n: int | None = flag(None, "layers with cross-attention, counted from the top (default: all)", low=1)
-    mlm: float | None = flag(None, "share of the steps that first train the encoder to fill in masked tokens (default: 0.2; embedded streams 0)", low=0, high=1)
+    mlm: float | None = flag(None, "share of the steps that first train the encoder to fill in masked tokens (default: 0.2; embedded streams 0)",
+                             low=0, high=1)
     mlm_rate: float = flag(0.3, "share of the tokens masked", low=0.01, high=0.99)
     duplicate: float | None = flag(None, "share of the steps in which encoder and decoder then read the same tokens (default: 0.2; entity "
                                          "stream 0.05, facts 0)", low=0, high=1)
@@ -293,9 +295,9 @@ def example(documents, chunk_size, keep=None) -> Example:
         cu_context.append(cu_chunks[-1])
     mains = [torch.as_tensor(main).long() for _, main in documents]
     targets = torch.cat([torch.cat((main[1:], main.new_full((1,), -100))) for main in mains])
-    empty = mains[0].new_zeros(0)
-    return Example(torch.cat(mains), targets, torch.tensor([0, *map(len, mains)]).cumsum(0), torch.cat([torch.as_tensor(c).long() for c in context] or [empty]),
-                   torch.tensor(cu_chunks), torch.tensor(cu_context))
+    context = torch.cat([torch.as_tensor(c).long() for c in context] or [mains[0].new_zeros(0)])
+    return Example(torch.cat(mains), targets, torch.tensor([0, *map(len, mains)]).cumsum(0), context, torch.tensor(cu_chunks),
+                   torch.tensor(cu_context))
 
 
 def states_of(model, batch, slice=64):

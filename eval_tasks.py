@@ -628,11 +628,16 @@ def build(task, n, length, seed, tokenizer=None, chat=False) -> list[Example]:
     return [build_one(task, i, length, seed, tokenizer or byte_tokenizer(), chat) for i in range(n)]
 
 
+def task_of(name):
+    """The Task of a built task's name, the Official of a benchmark's, with or without "helmet:" or "longproc:" before it."""
+    return TASKS.get(name) or OFFICIAL[name.split(":")[-1]]
+
+
 def score(task, prediction, example) -> dict:
     """All metrics of a prediction (text; ids for task facts), and as "score" the task's main one, in 0..1."""
     if task == "facts":
         return {"score": float(prediction == example.answer)}
-    kind = TASKS.get(task) or OFFICIAL[task.split(":")[-1]]
+    kind = task_of(task)
     metrics = SCORERS[kind.scorer](example.prefix + prediction, example.gold)
     return {"score": metrics[kind.main] / (100 if kind.scorer.startswith("alce") else 1), **metrics}
 
@@ -793,7 +798,8 @@ def icl(rng, m, n_label=12):
 
     def text(c):
         own = rng.choice(words[3 * c:3 * c + 3])
-        return f"{rng.choice(ADJECTIVES)} {rng.choice(ADJECTIVES)} {own} with a {rng.choice(ADJECTIVES)} {rng.choice(('edge', 'colour', 'sound', 'smell'))}"
+        looks = f"{rng.choice(ADJECTIVES)} {rng.choice(ADJECTIVES)} {own} with a {rng.choice(ADJECTIVES)}"
+        return f"{looks} {rng.choice(('edge', 'colour', 'sound', 'smell'))}"
     shots = []
     while len(shots) < m:  # balanced rounds
         shots += rng.sample(range(n_label), n_label)
@@ -1140,8 +1146,8 @@ def program(rng, n_lines):
     pseudo, code, steps = ["read integers a and b", "set c to 0"], ["int main() { long long a, b, c; cin >> a >> b;", "c = 0;"], []
     for _ in range(n_lines):
         kind, x, y, n = rng.randrange(4), rng.choice("abc"), rng.choice("abc"), rng.randint(1, 9)
-        pseudo.append((f"set {x} to the remainder of {x} + {n} * {y} divided by 1000, with the sign of the sum", f"subtract {n} from {x}", f"if {x} is greater than {y}, swap {x} and {y}",
-                       f"repeat {n} times: increase {x} by 2")[kind])
+        pseudo.append((f"set {x} to the remainder of {x} + {n} * {y} divided by 1000, with the sign of the sum", f"subtract {n} from {x}",
+                       f"if {x} is greater than {y}, swap {x} and {y}", f"repeat {n} times: increase {x} by 2")[kind])
         code.append((f"{x} = ({x} + {n} * {y}) % 1000;", f"{x} -= {n};", f"if ({x} > {y}) swap({x}, {y});",
                      f"for (int i = 0; i < {n}; i++) {x} += 2;")[kind])
         steps.append((kind, x, y, n))
@@ -1174,6 +1180,17 @@ def pseudo_to_code(rng, m, tier):
                  {"reference_output": "```cpp\n" + "\n".join(lines) + "\n```", "item": {"testcases": tests}})
 
 
+PROCEDURES = {"path": path_traversal, "tom": tom_tracking, "countdown": countdown, "travel": travel_planning, "html": html_to_tsv,
+              "code": pseudo_to_code}
+RELEASED = {"travel_planning": ("2k", "8k"), "pseudo_to_code": ("0.5k", "2k")}  # tiers of the others: all
+
+
+def procedure(make, tier):
+    """The Task of a LongProc procedure in a tier."""
+    return Task(functools.partial(make, tier=tier), make.__name__, "f1" if make is html_to_tsv else "accuracy", TIERS[tier]["max_new_tokens"],
+                least=1 if make in (countdown, travel_planning, pseudo_to_code) else 0)
+
+
 TASKS = {
     "facts": Task(None, None, "score", 1),
     "niah_s": Task(niah_single, "ruler_recall", "ruler_recall", 50),
@@ -1186,12 +1203,7 @@ TASKS = {
     "icl": Task(icl, "icl", "exact_match", 20, stop_newline=True),
     "longqa": Task(longqa, "qa", "rougeL_f1", 20),
     "docs": Task(many_documents, "ruler_recall", "ruler_recall", 60, least=3),
-}
-for name, make, tiers in (("path", path_traversal, TIERS), ("tom", tom_tracking, TIERS), ("countdown", countdown, TIERS),
-                          ("travel", travel_planning, ("2k", "8k")), ("html", html_to_tsv, TIERS), ("code", pseudo_to_code, ("0.5k", "2k"))):
-    for tier in tiers:
-        TASKS[f"{name}_{tier}"] = Task(functools.partial(make, tier=tier), make.__name__, "f1" if name == "html" else "accuracy",
-                                       TIERS[tier]["max_new_tokens"], least=1 if name in ("countdown", "travel", "code") else 0)
+} | {f"{name}_{tier}": procedure(make, tier) for name, make in PROCEDURES.items() for tier in RELEASED.get(make.__name__, TIERS)}
 
 
 # --- the benchmarks' own files ---------------------------------------------------------------------------------------------
@@ -1266,8 +1278,8 @@ def read_kilt(folder, file, n, seed, demo_file=None, shots=2):
 def read_json_kv(folder, file, n, seed):
     for row in shuffled(read_rows(os.path.join(folder, file)), seed)[:n]:
         demos = "".join(f"Key: {k}\nCorresponding value: {v}\n\n" for k, v in row["demos"][:2])
-        yield Draft("", row["context"], f"\n\nExtract the value corresponding to the specified key in the JSON object below.\n\n{demos}Key: {row['question']}",
-                    "Corresponding value:", {"question": row["question"], "answer": row["answer"]})
+        after = f"\n\nExtract the value corresponding to the specified key in the JSON object below.\n\n{demos}Key: {row['question']}"
+        yield Draft("", row["context"], after, "Corresponding value:", {"question": row["question"], "answer": row["answer"]})
 
 
 RULER = {  # the text before and after the context, and the answer prefix, with a row's fields
@@ -1454,15 +1466,18 @@ def check_draft(spec, draft):
 
 
 def official_tasks() -> dict:
-    kilt = lambda name, depth, **more: Official(functools.partial(read_kilt, demo_file=more.pop("demo", f"kilt/{name}-train-multikilt_1000_k3_{depth}.jsonl")),
-        more.pop("file", f"kilt/{name}-dev-multikilt_1000_k{{k}}_{depth}.jsonl"), "qa", "substring_exact_match", 20, sizes=("50", "105", "220", "440", "1000"))
+    """All tasks of HELMET and LongProc that are scored here, by name."""
     tasks = {
-        "kilt_nq": kilt("nq", "dep6"), "kilt_triviaqa": kilt("triviaqa", "dep6"), "kilt_hotpotqa": kilt("hotpotqa", "dep3"),
-        "kilt_popqa_3": kilt("popqa", "dep6", file="kilt/popqa_test_1000_k{k}_dep6.jsonl", demo="kilt/popqa_test_1000_k3_dep6.jsonl"),
-        "json_kv": Official(read_json_kv, "json_kv/test_k{k}_dep6.jsonl", "json_kv", "substring_exact_match", 100, sizes=("105", "220", "440", "900", "1800")),
+        "json_kv": Official(read_json_kv, "json_kv/test_k{k}_dep6.jsonl", "json_kv", "substring_exact_match", 100,
+                            sizes=("105", "220", "440", "900", "1800")),
         "msmarco_rerank_psg": Official(read_rerank, "msmarco/test_reranking_data_k{k}_dep3.jsonl", "rerank", "NDCG@10", 200,
                                        sizes=("50", "130", "285", "600", "1000")),
     }
+    for name, file in (("nq", "nq-dev-multikilt_1000_k{k}_dep6"), ("triviaqa", "triviaqa-dev-multikilt_1000_k{k}_dep6"),
+                       ("hotpotqa", "hotpotqa-dev-multikilt_1000_k{k}_dep3"), ("popqa_3", "popqa_test_1000_k{k}_dep6")):
+        demos = file.replace("-dev-", "-train-").replace("{k}", "3")
+        tasks[f"kilt_{name}"] = Official(functools.partial(read_kilt, demo_file=f"kilt/{demos}.jsonl"), f"kilt/{file}.jsonl", "qa",
+                                         "substring_exact_match", 20, sizes=("50", "105", "220", "440", "1000"))
     for name, folder, kind, n in (("niah_mk_2", "niah_multikey_2", "niah", 50), ("niah_mk_3", "niah_multikey_3", "niah", 100),
                                   ("niah_mv", "niah_multivalue", "niah_mv", 50), ("vt", "vt", "vt", 50), ("cwe", "cwe", "cwe", 100),
                                   ("fwe", "fwe", "fwe", 50), ("qa_1", "qa_1", "qa", 50), ("qa_2", "qa_2", "qa", 50)):
@@ -1474,13 +1489,13 @@ def official_tasks() -> dict:
         tasks[f"icl_{name}"] = Official(functools.partial(read_icl, label=label), f"icl/{name}_{{split}}.jsonl", "icl", "exact_match", 20,
                                         sizes=shots, stop_newline=True)
     for kind, scorer, main in (("qa", "qa", "rougeL_f1"), ("choice", "choice", "exact_match")):
-        tasks[f"infbench_{kind}_eng"] = Official(functools.partial(read_infbench, kind=kind), f"infbench/longbook_{kind}_eng.jsonl", scorer, main, 10, chat=True)
+        tasks[f"infbench_{kind}_eng"] = Official(functools.partial(read_infbench, kind=kind), f"infbench/longbook_{kind}_eng.jsonl", scorer,
+                                                 main, 10, chat=True)
     for kind, main in (("asqa", "str_em"), ("qampari", "qampari_rec_top5")):
         tasks[f"alce_{kind}"] = Official(functools.partial(read_alce, prompts=f"prompts/{kind}_revised.json"), f"alce/{kind}_eval_gtr_top2000.json",
                                          f"alce_{kind}", main, 300, chat=True, sizes=(30, 75, 165, 345, 700))
-    for task, tiers in (("html_to_tsv", TIERS), ("path_traversal", TIERS), ("tom_tracking", TIERS), ("countdown", TIERS),
-                        ("travel_planning", ("2k", "8k")), ("pseudo_to_code", ("0.5k", "2k"))):
-        for tier in tiers:
+    for task in (make.__name__ for make in PROCEDURES.values()):
+        for tier in RELEASED.get(task, TIERS):
             tasks[f"{task}_{tier}"] = Official(read_longproc, f"{task}/{task}_{tier}.json", task, "f1" if task == "html_to_tsv" else "accuracy",
                                                TIERS[tier]["max_new_tokens"], chat=True)
     return tasks
@@ -1642,7 +1657,8 @@ def litsearch_data(path=None):
     docstring's first sentence, the document the rest."""
     if path is None:
         docs = docstrings()
-        return list(range(len(docs))), [rest for _, rest in docs], [{"query": first, "corpusids": [i], "specificity": 1} for i, (first, _) in enumerate(docs)]
+        queries = [{"query": first, "corpusids": [i], "specificity": 1} for i, (first, _) in enumerate(docs)]
+        return list(range(len(docs))), [rest for _, rest in docs], queries
     corpus, queries = (read_rows(os.path.join(path, name)) for name in ("corpus.jsonl", "query.jsonl"))
     try:
         if not all(isinstance(row["title"], str) and isinstance(row["abstract"], str) and type(row["corpusid"]) is int for row in corpus):
@@ -1957,7 +1973,7 @@ def policy_settings(config, policy) -> dict:
 
 def answer(model, tokenizer, example, cache, max_new_tokens):
     """What the model writes: text (for task facts ids), until a stop id, the limit, or a line's end where scorers stop there."""
-    spec = TASKS.get(example.task) or OFFICIAL[example.task.split(":")[-1]]
+    spec = task_of(example.task)
     ids = []
     stop = () if tokenizer is None else tokenizer.eos_ids
     for _, token in zip(range(max_new_tokens), stream(model, example.prompt, cache)):
@@ -2014,11 +2030,11 @@ def evaluate(config, model, tokenizer, log):
     for name, length in [(name, int(x)) for name in names for x in config.lengths.split(",")]:
         if name.startswith("litsearch:"):
             continue
-        spec = TASKS.get(name) or OFFICIAL[name.split(":")[-1]]
-        if spec.scorer == "pseudo_to_code" and not config.allow_code_exec:
+        if task_of(name).scorer == "pseudo_to_code" and not config.allow_code_exec:
             log(f"{name}: skipped, it runs generated code: --allow_code_exec")
             continue
-        for i, p, example in tqdm(examples_of(config, name, length, policies, tokenizer), desc=f"{name} {length}", unit="example", disable=rank > 0 or None):
+        examples = examples_of(config, name, length, policies, tokenizer)
+        for i, p, example in tqdm(examples, desc=f"{name} {length}", unit="example", disable=rank > 0 or None):
             sha = hashlib.sha256(json.dumps([example.prompt, example.answer]).encode()).hexdigest()[:16]
             extra = ["".join(str(int(x)) for x in heads.flatten())] if p == "heads" else []
             key = json.dumps([*who, name, length, p, settings[p], *extra, i, sha], sort_keys=True)
@@ -2112,10 +2128,8 @@ def tiny_table(config):
     print(json.dumps({"seed": config.seed, "recall": {row[0]: scores[0] for row, scores in zip(CURRICULUM, rows)}}))
 
 
-def main():
-    config, = parse([Config], description="Long-context tasks: score, KV footprint and time of a Llama, for several policies at once.")
-    if config.model is None:
-        return tiny_table(config)
+def check_flags(config):
+    """Raises ValueError for flags that cannot be, or cannot be together."""
     if not re.fullmatch(r"[1-9]\d{0,8}(,[1-9]\d{0,8})*", config.lengths):
         raise ValueError(f"--lengths must be positive numbers, comma-separated, got {config.lengths!r}")
     names, policies = config.tasks.split(","), config.policy.split(",")
@@ -2129,7 +2143,8 @@ def main():
         known = name in TASKS or name in ("litsearch:bm25", "litsearch:dense", "litsearch:rerank") or \
             name.startswith(("helmet:", "longproc:")) and name.split(":", 1)[1] in OFFICIAL
         if not known:
-            raise ValueError(f"--tasks: unknown task {name!r} (built ones: {', '.join(TASKS)}; helmet:NAME, longproc:NAME; litsearch:bm25, :dense, :rerank)")
+            raise ValueError(f"--tasks: unknown task {name!r} (built ones: {', '.join(TASKS)}; helmet:NAME, longproc:NAME; "
+                             "litsearch:bm25, :dense, :rerank)")
         if name.startswith(("helmet:", "longproc:")) and config.data is None:
             raise ValueError(f"task {name} needs --data with the benchmark's own files")
     if any(int(x) > LONGEST for x in config.lengths.split(",")):
@@ -2151,6 +2166,13 @@ def main():
         raise ValueError("--allow_code_exec: there is no g++ here")
     if config.out == "" or os.path.exists(config.out) and not os.path.isfile(config.out):
         raise ValueError(f"--out {config.out!r} is not a file")
+
+
+def main():
+    config, = parse([Config], description="Long-context tasks: score, KV footprint and time of a Llama, for several policies at once.")
+    if config.model is None:
+        return tiny_table(config)
+    check_flags(config)
     join_processes(config.device)
     check_device(config.device)
     model, tokenizer = load_model(config.model, config.device, DTYPES[config.dtype]), load_tokenizer(config.model)

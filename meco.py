@@ -163,14 +163,15 @@ class UrlData:
         if not rows:
             raise ValueError(f"{len(held)} documents are too few to hold out {n_held_out} and train on the rest")
         self.top = top_hosts([row["url"] for row in rows], settings.top_share) if settings.metadata == "topk" else ()
-        cut = {"meco": round((1 - settings.cooldown) * len(rows)), "mix": round((1 - settings.cooldown) * len(rows)), "url": len(rows), "standard": 0}[settings.mode]
+        share = {"url": 1.0, "standard": 0.0}.get(settings.mode, 1 - settings.cooldown)  # of the documents, shown with metadata
+        cut = round(share * len(rows))
         with_metadata = [self.encode(row, settings.metadata) for row in rows[:cut]]
         self.packs = {True: list(pack(with_metadata, seq_len)), False: list(pack([self.encode(row) for row in rows[cut:]], seq_len))}
         for kind, pool in ((True, rows[:cut]), (False, rows[cut:])):
             if pool and not self.packs[kind]:
                 raise ValueError(f"{len(pool)} documents {'with' if kind else 'without'} metadata do not fill one sequence of {seq_len} tokens")
-        needed = {"meco": {True, False} if 0 < settings.cooldown < 1 else {settings.cooldown == 0}, "mix": {True, False}, "url": {True}, "standard": {False}}
-        if not all(self.packs[kind] for kind in needed[settings.mode]):
+        needed = {kind for kind, part in ((True, share), (False, 1 - share)) if part > 0 or settings.mode == "mix"}
+        if not all(self.packs[kind] for kind in needed):
             raise ValueError(f"{len(rows)} documents do not fill one sequence of {seq_len} tokens with metadata and one without")
         if len({describe(row, settings.metadata, self.top) for row in rows}) < 2:
             raise ValueError("all documents have the same metadata: nothing to condition on")

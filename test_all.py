@@ -372,7 +372,8 @@ def compiled_half():
     most = {(90, 64): (299, 267, 415), (90, 128): (364, 293, 350), (80, 64): (380, 195, 319), (80, 128): (306, 387, 538)}  # instructions
     for (arch, head_dim), budgets in most.items():
         for kernel, budget in zip(PAIRS, budgets):
-            made, (sizes, options) = attention_triton.compile_ahead(kernel, arch, head_dim=head_dim), attention_triton.build_of(kernel.__name__, arch, "bfloat16", head_dim)
+            made = attention_triton.compile_ahead(kernel, arch, head_dim=head_dim)
+            sizes, options = attention_triton.build_of(kernel.__name__, arch, "bfloat16", head_dim)
             no_spills(arch, made)
             free, masked = made.loops
             assert free["FSEL"] == 0 < masked["FSEL"] and free["FFMA"] > 0 and free.total() <= 1.05 * budget, (kernel, arch, head_dim)
@@ -796,7 +797,8 @@ def test_chat_templates_and_odd_tokenizers(tmp_path):
     good = json.loads((tmp_path / "tokenizer.json").read_text())
     split = lambda pattern: {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
         {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}, {"type": "ByteLevel", "use_regex": False}]}}
-    for change in ({"added_tokens": [{"id": "5", "content": "x"}]}, {"added_tokens": [{"id": 5, "content": ""}]}, {"added_tokens": [{"id": 5, "content": 5}]},
+    for change in ({"added_tokens": [{"id": "5", "content": "x"}]}, {"added_tokens": [{"id": 5, "content": ""}]},
+                   {"added_tokens": [{"id": 5, "content": 5}]},
                    {"added_tokens": [{"id": 5, "content": "aa"}, {"id": 6, "content": "aaa"}]}, split(5), split("(")):
         (tmp_path / "tokenizer.json").write_text(json.dumps(good | change))
         with pytest.raises(ValueError, match="tokenizer.json"):
@@ -1013,7 +1015,8 @@ def test_topics_are_told_once_and_asked_for_later():
     for s, row in enumerate(tokens.tolist()):
         (told,) = [i for i, x in enumerate(row) if eval_tasks.TOPIC <= x < eval_tasks.CUE]
         asked = [i for i, x in enumerate(row) if x == eval_tasks.CUE]
-        assert 8 < told <= 50 and len(asked) == 7 and told < asked[0] and [row[i + 1] - eval_tasks.WORD for i in asked] == [row[told] - eval_tasks.TOPIC] * 7
+        assert 8 < told <= 50 and len(asked) == 7 and told < asked[0]
+        assert [row[i + 1] - eval_tasks.WORD for i in asked] == [row[told] - eval_tasks.TOPIC] * 7
         mine = slice(7 * s, 7 * s + 7)
         assert cues.query[mine].tolist() == [215 * s + i for i in asked]
         assert cues.fact[mine].tolist() == [215 * s + i for i in (told, *(i + 1 for i in asked[:-1]))]
@@ -1023,7 +1026,8 @@ def test_topics_are_told_once_and_asked_for_later():
     assert ((weights == 1) == (targets >= eval_tasks.WORD) | (targets >= eval_tasks.ANSWER) & (targets < eval_tasks.TOPIC)).all()
     assert not weights[(targets == eval_tasks.CUE) | (targets >= eval_tasks.TOPIC) & (targets < eval_tasks.CUE)].any()
     passkeys = train.FactData(128, 2, topics=True).passkeys(np.random.default_rng(0), 10, 32)
-    assert (passkeys.targets >= eval_tasks.ANSWER).sum() == 20 and passkeys.targets.max() < eval_tasks.TOPIC and (passkeys.tokens == eval_tasks.CUE).sum() == 4
+    assert (passkeys.targets >= eval_tasks.ANSWER).sum() == 20 and passkeys.targets.max() < eval_tasks.TOPIC
+    assert (passkeys.tokens == eval_tasks.CUE).sum() == 4
 
 
 class Near(train.LM):
@@ -1285,9 +1289,11 @@ def test_killed_run_resumes_in_the_same_bits(tmp_path, method):
 
 KILLED = {
     "train": ["train.py", *ARGS, "--steps", "16", "--save_every", "1"],
-    "eval": ["eval_tasks.py", "--model", "model", "--tasks", "niah_s,icl", "--lengths", "420,600", "--n", "3", "--policy", "full,streaming", "--budget", "64",
+    "eval": ["eval_tasks.py", "--model", "model", "--tasks", "niah_s,icl", "--lengths", "420,600", "--n", "3", "--policy", "full,streaming",
+             "--budget", "64",
              "--sink", "4", "--max_new_tokens", "4", "--dtype", "float32", "--out", "out/results.jsonl"],
-    "footprint": ["footprint.py", "--n", "2", "--lengths", "64,128", "--curves", "streaming,snapkv", "--shares", "0.1,0.5,0.9", "--chunk", "16", "--out_dir", "out"]}
+    "footprint": ["footprint.py", "--n", "2", "--lengths", "64,128", "--curves", "streaming,snapkv", "--shares", "0.1,0.5,0.9", "--chunk", "16",
+                  "--out_dir", "out"]}
 
 
 @pytest.mark.parametrize("name", KILLED)
@@ -1355,7 +1361,8 @@ def test_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(tmp_path):
               f"sys.argv[1:] = {[*args, '--steps', '12', '--resume']!r}; runpy.run_path({code!r}, run_name='__main__')"
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     saved = dict(train.read_checkpoint(tmp_path / "a" / "checkpoint.safetensors"), step=10)  # as if two steps were left
-    train.write_tensors(tmp_path / "a" / "checkpoint.safetensors", train.read_tensor_file(tmp_path / "a" / "checkpoint.safetensors"), {"about": json.dumps(saved)})
+    train.write_tensors(tmp_path / "a" / "checkpoint.safetensors", train.read_tensor_file(tmp_path / "a" / "checkpoint.safetensors"),
+                        {"about": json.dumps(saved)})
     before = (tmp_path / "a" / "checkpoint.safetensors").read_bytes()
     (tmp_path / "limited.py").write_text(limited)
     done = script(tmp_path / "limited.py", cwd=tmp_path)
@@ -1391,7 +1398,8 @@ def train_together(rank, size, port, cwd, resume):
     if size > 1:
         os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     sequence = lambda name: ["--seq_parallel", "2"] if size == 4 and "cepe" not in name else []
-    go = lambda name, out, *more: train.main([*TOGETHER[name].split(), *(["--steps", "20"] if name != "stages" else []), "--eval_seqs", "2", "--out_dir", out, *sequence(name), *more])
+    go = lambda name, out, *more: train.main([*TOGETHER[name].split(), *(["--steps", "20"] if name != "stages" else []), "--eval_seqs", "2",
+                                              "--out_dir", out, *sequence(name), *more])
     for name in TOGETHER:
         if size in SIZES[name] and not resume:
             go(name, f"{name}-{size}")
@@ -1531,12 +1539,14 @@ def test_batches_are_divided_by_whole_documents():
         parts = model_file.divide(batch, n)
         assert len(parts) == n and any(part is not None for part in parts)
         kept = [part for part in parts if part is not None]
-        assert torch.equal(torch.cat([part.tokens for part in kept]), batch.tokens) and torch.equal(torch.cat([part.targets for part in kept]), batch.targets)
+        assert torch.equal(torch.cat([part.tokens for part in kept]), batch.tokens)
+        assert torch.equal(torch.cat([part.targets for part in kept]), batch.targets)
         assert torch.equal(torch.cat([part.cu_seqlens.diff() for part in kept]), batch.cu_seqlens.diff()) and all(part.cu_seqlens[0] == 0 for part in kept)
         pairs = [(doc.numpy(), doc.numpy()[:3]) for doc in docs]
         example = cepe.example(pairs, 4)
         kept = [part for part in model_file.divide(example, n) if part is not None]
-        assert torch.equal(torch.cat([part.context for part in kept]), example.context) and torch.equal(torch.cat([part.cu_chunks.diff() for part in kept]), example.cu_chunks.diff())
+        assert torch.equal(torch.cat([part.context for part in kept]), example.context)
+        assert torch.equal(torch.cat([part.cu_chunks.diff() for part in kept]), example.cu_chunks.diff())
         assert torch.equal(torch.cat([part.cu_context.diff() for part in kept]), example.cu_context.diff())
 
 
@@ -1546,7 +1556,8 @@ def test_conversations_train_the_assistants_words_only(tmp_path, monkeypatch, ca
     made_tokenizer(tmp_path / "m")
     tokenizer = load_tokenizer(tmp_path / "m")
     save_model(Llama(dataclasses.replace(eval_tasks.TINY, vocab_size=400)).init_weights(0), tmp_path / "m")
-    chat = [{"role": "user", "content": "Hi 12"}, {"role": "assistant", "content": "ok"}, {"role": "user", "content": "so"}, {"role": "assistant", "content": "no 3"}]
+    chat = [{"role": "user", "content": "Hi 12"}, {"role": "assistant", "content": "ok"}, {"role": "user", "content": "so"},
+            {"role": "assistant", "content": "no 3"}]
     tokens, targets = train.encode_chat(chat, tokenizer)
     assert tokenizer.decode(tokens) == tokenizer.chat(chat[:3]) + "no 3<|im_end|>"
     assert tokens.tolist() == tokenizer.encode(tokenizer.chat(chat[:3]) + "no 3<|im_end|>")
@@ -1563,7 +1574,8 @@ def test_conversations_train_the_assistants_words_only(tmp_path, monkeypatch, ca
         train.main(args)
         outcome = json.loads(capsys.readouterr().out.splitlines()[-1])
         assert outcome["after"] < outcome["before"]
-    for line, words in (("{}", "line 13"), ('{"messages": []}', "no turn"), ('{"messages": [{"role": "assistant"}]}', "line 13"), ('{"question": "a", "answer": 5}', "line 13"),
+    for line, words in (("{}", "line 13"), ('{"messages": []}', "no turn"), ('{"messages": [{"role": "assistant"}]}', "line 13"),
+                        ('{"question": "a", "answer": 5}', "line 13"),
                         (json.dumps({"question": "a" * 999, "answer": "b"}), "more than --seq_len 200")):
         open("d.jsonl", "w").write("\n".join([*lines, line]))
         with pytest.raises(ValueError, match=words):
@@ -1623,7 +1635,8 @@ def test_stages_grow_the_context(tmp_path, monkeypatch, capsys):
     model = Llama(dataclasses.replace(eval_tasks.TINY, vocab_size=100)).init_weights(0)
     config = train.fill_defaults(train.Config(method="lm", steps=3, grad_accum=4, out_dir="b"), None)
     os.makedirs("b")
-    train.fit(Watch(model, config, 0), model, [train.Stage(16, 3, None, None, data)], config, "b", {"method": "lm", "settings": {}, "dtype": "float32"}, contextlib.nullcontext)
+    train.fit(Watch(model, config, 0), model, [train.Stage(16, 3, None, None, data)], config, "b",
+              {"method": "lm", "settings": {}, "dtype": "float32"}, contextlib.nullcontext)
     assert len(set(seen)) > 1 and all(seen[i:i + 4] == sorted(seen[i:i + 4], reverse=True) for i in (0, 4, 8))
     for bad in ("64", "64:0", "64:1:0", "64:5,x:3", "4:5"):
         with pytest.raises(ValueError, match="--stages"):
@@ -1695,7 +1708,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     plain = lm.loss
     lm.loss = lambda model, batch, step, *rest: (plain(model, batch, step, *rest)[0] * (math.nan if step == 3 else 1), {})
     with pytest.raises(train.Diverged, match="step 3; the last good checkpoint is step 2"):
-        train.fit(lm, model, [train.Stage(0, config.steps, None, None)], config, str(tmp_path), {"method": "lm", "settings": {}, "dtype": "float32"}, contextlib.nullcontext)
+        train.fit(lm, model, [train.Stage(0, config.steps, None, None)], config, str(tmp_path), {"method": "lm", "settings": {}, "dtype": "float32"},
+                  contextlib.nullcontext)
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert train.read_checkpoint(tmp_path / "checkpoint.safetensors")["step"] == 2
 
@@ -1705,14 +1719,19 @@ def test_bad_command_lines_end_in_one_line_and_exit_2(tmp_path, monkeypatch, cap
     os.mkdir("empty"), os.mkdir("full"), open("full/x", "w").close()
     cases = [(["--method", "magic"], "magic"), (["--stepz", "3"], "--stepz"), (["--step", "3"], "--step"), (["--steps", "0"], "--steps"),
              (["--steps", "1.5"], "1.5"), (["--method", "prulong", "--window", "0"], "--window"),
-             (["--method", "prulong", "--target_sparsity", "1.5"], "--target_sparsity"), (["--method", "prulong", "--target_sparsity", "nan"], "--target_sparsity"),
+             (["--method", "prulong", "--target_sparsity", "1.5"], "--target_sparsity"),
+             (["--method", "prulong", "--target_sparsity", "nan"], "--target_sparsity"),
              (["--window", "8"], "--window"), (["--method", "prulong", "--window", "500"], "--window 500"), (["--model", "nowhere"], "nowhere"),
              (["--data", "empty"], "empty"), (["--data", "nowhere"], "nowhere"), (["--resume", "--out_dir", "none"], "no checkpoint"),
-             (["--out_dir", "full"], "not empty"), (["--resume", "--overwrite"], "exclude"), (["--device", "foo"], "foo"), (["--clip", "inf"], "--clip"), (["--seed", "99999999999"], "--seed"), (["--seq_len", "32"], "--seq_len"),
+             (["--out_dir", "full"], "not empty"), (["--resume", "--overwrite"], "exclude"), (["--device", "foo"], "foo"),
+             (["--clip", "inf"], "--clip"), (["--seed", "99999999999"], "--seed"), (["--seq_len", "32"], "--seq_len"),
              (["--method", "prulong", "--data", "empty"], "--model"), (["--method", "prulong", "--train", "weights"], "--heads"),
-             (["--n_random", "3"], "--method prulong or duo"), (["--method", "cepe", "--kl", "1"], "--method ceped"), (["--method", "meco", "--top_share", "0.1"], "topk"),
-             (["--method", "meco", "--mode", "url", "--cooldown", "0.2"], "--mode meco"), (["--method", "vlorp", "--scheme", "original", "--at_refresh", "reset"], "--scheme"),
-             (["--method", "cepe", "--model", "x", "--data", "stdlib", "--decoder_steps", "5"], "x/config.json"), (["--seq_parallel", "2"], "--seq_parallel 2")]
+             (["--n_random", "3"], "--method prulong or duo"), (["--method", "cepe", "--kl", "1"], "--method ceped"),
+             (["--method", "meco", "--top_share", "0.1"], "topk"),
+             (["--method", "meco", "--mode", "url", "--cooldown", "0.2"], "--mode meco"),
+             (["--method", "vlorp", "--scheme", "original", "--at_refresh", "reset"], "--scheme"),
+             (["--method", "cepe", "--model", "x", "--data", "stdlib", "--decoder_steps", "5"], "x/config.json"),
+             (["--seq_parallel", "2"], "--seq_parallel 2")]
     for args, words in cases:
         monkeypatch.setattr(sys, "argv", ["train.py", *args])
         with pytest.raises(SystemExit) as stop:
@@ -2015,7 +2034,8 @@ def test_eviction_refuses_what_means_nothing():
                             (dict(policy="full", budget=3), "neither"), (dict(policy="streaming", keep=0.5), "not keep"),
                             (dict(policy="streaming", budget=3, sink=8), "no room for the sink"), (dict(policy="knorm", budget=3, patch=True), "patch"),
                             (dict(policy="heads"), "mask"), (dict(policy="heads", heads=torch.ones(2, 2)), "mask"),
-                            (dict(policy="locret", budget=3), "scorer"), (dict(policy="snapkv", keep=1.5), "keep must be"), (dict(policy="snapkv", keep=math.nan), "keep must be"),
+                            (dict(policy="locret", budget=3), "scorer"), (dict(policy="snapkv", keep=1.5), "keep must be"),
+                            (dict(policy="snapkv", keep=math.nan), "keep must be"),
                             (dict(policy="snapkv", keep=0.5, decode_every=2), "decode_budget"), (dict(policy="snapkv", budget=3, kernel=4), "odd"),
                             (dict(policy="snapkv", budget=3, pool="mid"), "pool"), (dict(policy="full", chunk=0), "chunk")):
         with pytest.raises(ValueError, match=words):
@@ -2064,7 +2084,8 @@ def test_footprint_worked_examples():
             (footprint.streaming(12, 4, 5, 1, 2), 70, 8), (footprint.streaming(12, 4, 1, 1, 2), 58, 4), (footprint.postfill(12, 4, 3), 100, 12),
             (footprint.rolling(12, 4, 12, 6), 106, 12), (footprint.chunked(12, 4, 4, 2), 88, 10), (footprint.chunked(12, 4, 4, 1), 64, 7),
             (footprint.chunked(12, 4, 4, 3), 112, 13), (footprint.chunked(12, 4, 5, 2), 85, 10), (footprint.rolling(12, 4, 4, 3, False), 76, 7),
-            (footprint.rolling(12, 4, 4, 3), 70, 7), (footprint.heads(12, 4, 4, 1, 2, f(1, 2)), 103, 10), (footprint.heads(12, 4, 4, 1, 2, 0.75), f(173, 2), f(33, 4))):
+            (footprint.rolling(12, 4, 4, 3), 70, 7), (footprint.heads(12, 4, 4, 1, 2, f(1, 2)), 103, 10),
+            (footprint.heads(12, 4, 4, 1, 2, 0.75), f(173, 2), f(33, 4))):
         assert got == (f(cells) / 136, f(peak) / 16)
     for percent, got in ((99.80, footprint.streaming(100000, 100, 100000, 128, 1024)), (33.73, footprint.streaming(100000, 100, 32768, 128, 1024)),
                          (4.29, footprint.streaming(100000, 100, 2048, 128, 1024)), (53.6, footprint.heads(100000, 100, 32768, 128, 1024, 0.7)),
@@ -2073,7 +2094,8 @@ def test_footprint_worked_examples():
         assert abs(100 * float(got[0]) - percent) <= 0.051, (percent, float(got[0]))
     official = footprint.heads(100000, 100, 32768, 128, 1024, 0.7)
     assert abs(float(official[0]) - 0.536079) < 1e-6 and abs(float(official[1]) - 0.531820) < 1e-6
-    for bad in (lambda: footprint.full(0, 0), lambda: footprint.full(-1, 4), lambda: footprint.chunked(4, 4, 0, 1), lambda: footprint.heads(4, 4, 1, 1, 1, 1.5)):
+    for bad in (lambda: footprint.full(0, 0), lambda: footprint.full(-1, 4), lambda: footprint.chunked(4, 4, 0, 1),
+                lambda: footprint.heads(4, 4, 1, 1, 1, 1.5)):
         with pytest.raises(ValueError):
             bad()
     with pytest.raises(ValueError, match="budget must be"):
@@ -2101,8 +2123,10 @@ def test_footprint_of_a_run_equals_its_closed_form():
     for policy, settings, chunk, want in (
             ("full", {}, 8, footprint.full(n, m)), ("streaming", dict(sink=2, window=7), 8, footprint.streaming(n, m, 8, 2, 6)),
             ("heads", dict(heads=mask, sink=2, window=7), 8, footprint.heads(n, m, 8, 2, 6, Fraction(4, 6))),
-            ("snapkv", dict(budget=11, obs_window=4), None, footprint.postfill(n, m, 11)), ("snapkv", dict(budget=3, obs_window=4), 8, footprint.chunked(n, m, 8, 3)),
-            ("snapkv", dict(budget=3, obs_window=4, patch=True), 8, footprint.chunked(n, m, 8, 3)), ("tova", dict(budget=10), 8, footprint.rolling(n, m, 8, 10)),
+            ("snapkv", dict(budget=11, obs_window=4), None, footprint.postfill(n, m, 11)),
+            ("snapkv", dict(budget=3, obs_window=4), 8, footprint.chunked(n, m, 8, 3)),
+            ("snapkv", dict(budget=3, obs_window=4, patch=True), 8, footprint.chunked(n, m, 8, 3)),
+            ("tova", dict(budget=10), 8, footprint.rolling(n, m, 8, 10)),
             ("h2o", dict(budget=10), 8, footprint.rolling(n, m, 8, 10))):
         cache = evict.make_cache(model, policy, chunk=chunk, **settings)
         generate(model, tokens, m + 1, cache=cache)
@@ -2112,7 +2136,8 @@ def test_footprint_of_a_run_equals_its_closed_form():
 def test_footprint_sweep_resumes_and_draws(tmp_path):
     """Three points of a sweep are removed, one line is cut short: only those run again, and the rest stand as they were."""
     save_model(Llama(eval_tasks.TINY).init_weights(0), tmp_path / "out" / "tiny-seed0")
-    args = [os.path.abspath(footprint.__file__), "--n", "2", "--lengths", "64", "--curves", "streaming,snapkv patched", "--shares", "0.1,0.5,0.9", "--chunk", "16"]
+    args = [os.path.abspath(footprint.__file__), "--n", "2", "--lengths", "64", "--curves", "streaming,snapkv patched", "--shares", "0.1,0.5,0.9",
+            "--chunk", "16"]
     first = script(*args, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     path = tmp_path / "out" / "footprint" / "results.jsonl"
@@ -2140,7 +2165,8 @@ def test_footprint_sweep_resumes_and_draws(tmp_path):
 @slow
 def test_memory_is_drawn_against_budget(tmp_path):
     save_model(Llama(eval_tasks.TINY).init_weights(0), tmp_path / "m")
-    args = [os.path.join(os.path.dirname(os.path.abspath(__file__)), "evict.py"), "--model", "m", "--length", "64", "--new", "1", "--chunk", "16", "--figure", "memory.svg"]
+    args = [os.path.join(os.path.dirname(os.path.abspath(__file__)), "evict.py"), "--model", "m", "--length", "64", "--new", "1", "--chunk", "16",
+            "--figure", "memory.svg"]
     done = script(*args, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()[:-1]]
@@ -2335,7 +2361,8 @@ def test_belief_traces_follow_from_the_story():
             if step or sentence == story[3]:  # two agents and two objects stand first
                 sees = lies[what].split("'s ")[0] == at[who]
                 belief = lies[what] if sees else belief
-                states.append(f"{{{who} location: {at[who]}; {what} location: {lies[what]}; {who} sees {what}: {sees}; {who}'s belief on {what}: {belief}}}")
+                states.append(f"{{{who} location: {at[who]}; {what} location: {lies[what]}; {who} sees {what}: {sees}; "
+                              f"{who}'s belief on {what}: {belief}}}")
         lines = trace.split("\n")
         assert [line[line.index("{"):] for line in lines[1:-1]] == states and len(states) == 31 and lines[-1] == f"Final Answer: the {belief}"
 
@@ -2360,8 +2387,10 @@ def test_official_files_are_read_as_released(tmp_path):
     ctx = lambda what, i: [{"title": f"{what} {i} {j}", "text": f"Text {j} about {what} {i}."} for j in range(2)]
     put = lambda name, rows: ((tmp_path / name).parent.mkdir(exist_ok=True, parents=True),
                               (tmp_path / name).write_text("\n".join(map(json.dumps, rows))))
-    put("kilt/nq-dev-multikilt_1000_k50_dep6.jsonl", [{"question": f"Who wrote book {i}?", "answers": [f"Author {i}"], "ctxs": ctx("book", i)} for i in range(2)])
-    put("kilt/nq-train-multikilt_1000_k3_dep6.jsonl", [{"question": f"Which river is river {i}?", "answers": [f"River {i}"], "ctxs": ctx("river", i)} for i in (*range(7), 2)])
+    put("kilt/nq-dev-multikilt_1000_k50_dep6.jsonl", [{"question": f"Who wrote book {i}?", "answers": [f"Author {i}"],
+                                                       "ctxs": ctx("book", i)} for i in range(2)])
+    put("kilt/nq-train-multikilt_1000_k3_dep6.jsonl", [{"question": f"Which river is river {i}?", "answers": [f"River {i}"],
+                                                        "ctxs": ctx("river", i)} for i in (*range(7), 2)])
     example = eval_tasks.load("helmet:kilt_nq", str(tmp_path))[0]
     river = "Document (Title: river {0} 0): Text 0 about river {0}.\n\nDocument (Title: river {0} 1): Text 1 about river {0}.\n\n" \
             "Question: Which river is river {0}?\nAnswer: River {0}\n\n"
@@ -2374,7 +2403,8 @@ def test_official_files_are_read_as_released(tmp_path):
     with pytest.raises(FileNotFoundError, match="prompts.yaml.*LongProc"):
         eval_tasks.load("longproc:path_traversal_0.5k", str(tmp_path))
     (tmp_path / "path_traversal" / "prompts.yaml").write_text("USER_PROMPT: |-\n  Map {{x}}:\n  {city_context}\n\n  From {src_city} to {dst_city}.\n")
-    (tmp_path / "path_traversal" / "path_traversal_0.5k.json").write_text(json.dumps([{"context_nl": "C", "question_repr": ["A", "B"], "answer_nl": ROUTE}]))
+    paths = [{"context_nl": "C", "question_repr": ["A", "B"], "answer_nl": ROUTE}]
+    (tmp_path / "path_traversal" / "path_traversal_0.5k.json").write_text(json.dumps(paths))
     example, = eval_tasks.load("longproc:path_traversal_0.5k", str(tmp_path))
     assert example.user == "Map {x}:\nC\n\nFrom A to B." and example.answer == ROUTE and example.max_new_tokens == 1024
     put("ruler/vt/validation_8192.jsonl", [{"context": "C", "query": "q", "num_v": 1, "example": "e", "answer": []}])
@@ -2471,7 +2501,8 @@ def test_evaluation_resumes_and_names_what_is_wrong(tmp_path, monkeypatch, capsy
                          (["--lengths", "20"], "at least"), (["--policy", "x"], "--policy"), (["--policy", "heads"], "--heads"),
                          (["--tasks", "helmet:kilt_nq", "--data", "none"], "kilt"), (["--tasks", "icl,icl"], "twice"), (["--tasks", "foo:kilt_nq"], "foo"),
                          (["--policy", "full", "--keep", "0.5"], "--budget means nothing"), (["--sparsity", "0.5"], "--sparsity"),
-                         (["--tasks", "litsearch:bm25"], "no eviction"), (["--lengths", "99999999"], "--lengths"), (["--out", "model"], "--out"), (["--n", "0"], "--n"), (["--policy", "snapkv", "--budget", "-1"], "--budget")):
+                         (["--tasks", "litsearch:bm25"], "no eviction"), (["--lengths", "99999999"], "--lengths"), (["--out", "model"], "--out"),
+                         (["--n", "0"], "--n"), (["--policy", "snapkv", "--budget", "-1"], "--budget")):
         err = go([*args, *extra]).err
         assert err.count("\n") == 1 and words in err, (extra, err)
     for other in ('{"a": 1}\n', "precious text without a line's end"):
@@ -2520,7 +2551,8 @@ def test_exact_projections_give_the_plain_optimizers(shape):
     gradients, whole = made_gradients(shape, 12), dict(rank=1, granularity=min(shape), basis="rademacher", lr=0.01, weight_decay=0.1, proj_every=5)
     plain = optimize(torch.optim.AdamW([p := torch.nn.Parameter(torch.ones(shape))], lr=0.01, eps=1e-12, weight_decay=0.1), p, gradients)
     close(optimize(vlorp.ProjFactor([p := torch.nn.Parameter(torch.ones(shape))], scheme="original", eps=1e-12, **whole), p, gradients), plain, 1e-6)
-    close(optimize(vlorp.ProjFactor([p := torch.nn.Parameter(torch.ones(shape))], rank=None, lr=0.01, eps=1e-12, weight_decay=0.1), p, gradients), plain, 1e-6)
+    close(optimize(vlorp.ProjFactor([p := torch.nn.Parameter(torch.ones(shape))], rank=None, lr=0.01, eps=1e-12, weight_decay=0.1), p, gradients),
+          plain, 1e-6)
     subspace = vlorp.ProjFactor([p := torch.nn.Parameter(torch.ones(shape))], scheme="subspace", eps=1e-12, **(whole | {"proj_every": 99}))
     close(optimize(subspace, p, gradients), plain, 1e-6)
     w, m, row, column = torch.ones(shape), torch.zeros(shape), torch.zeros(shape[0]), torch.zeros(shape[1])
@@ -2607,7 +2639,8 @@ def test_projected_state_resumes_in_the_same_bits(tmp_path):
 
 
 def test_projected_gradients_clip_skip_and_refuse():
-    optimizer = vlorp.ProjFactor([p := torch.nn.Parameter(torch.ones(8, 12))], lr=0.1, rank=2, granularity=2, max_norm=0.5, scheme="subspace", betas=(0.0, 0.0), eps=1e9)
+    optimizer = vlorp.ProjFactor([p := torch.nn.Parameter(torch.ones(8, 12))], lr=0.1, rank=2, granularity=2, max_norm=0.5, scheme="subspace",
+                                 betas=(0.0, 0.0), eps=1e9)
     g = made_gradients((8, 12), 1)[0]
     small = vlorp.project(g, optimizer.basis(p, optimizer.param_groups[0], 0), optimizer.param_groups[0])
     optimize(optimizer, p, [g])
@@ -2617,8 +2650,10 @@ def test_projected_gradients_clip_skip_and_refuse():
     assert optimizer.skipped == 1 and torch.equal(p, before) and "sum" not in optimizer.state[p]
     zero_row = made_gradients((8, 12), 1)[0]
     zero_row[3] = 0
-    assert optimize(vlorp.ProjFactor([p := torch.nn.Parameter(torch.ones(8, 12))], rank=1, granularity=8, basis="rademacher"), p, [zero_row]).isfinite().all()
-    for options, words in ((dict(granularity=5), r"\(8, 12\).*granularity 5"), (dict(rank=0), "rank 0"), (dict(basis="dct"), "basis"), (dict(basis="svd", rank=9, granularity=1), "singular vectors"), (dict(lr=-1), "lr"),
+    assert optimize(vlorp.ProjFactor([p := torch.nn.Parameter(torch.ones(8, 12))], rank=1, granularity=8, basis="rademacher"), p,
+                    [zero_row]).isfinite().all()
+    for options, words in ((dict(granularity=5), r"\(8, 12\).*granularity 5"), (dict(rank=0), "rank 0"), (dict(basis="dct"), "basis"),
+                           (dict(basis="svd", rank=9, granularity=1), "singular vectors"), (dict(lr=-1), "lr"),
                            (dict(granularity=0.3), "granularity 3/10")):
         with pytest.raises(ValueError, match=words):
             vlorp.ProjFactor([torch.nn.Parameter(torch.ones(8, 12))], **options)
@@ -2660,7 +2695,8 @@ def test_projection_on_singular_vectors(tmp_path):
 def projected_worker(rank, size, meeting, out):
     torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=size)
     p = torch.nn.Parameter(torch.ones(8, 12))
-    result = optimize(vlorp.ProjFactor([p], lr=0.1, rank=2, granularity=2), p, [g[rank] for g in zip(made_gradients((8, 12), 4), made_gradients((8, 12), 4, 1))])
+    result = optimize(vlorp.ProjFactor([p], lr=0.1, rank=2, granularity=2), p,
+                      [g[rank] for g in zip(made_gradients((8, 12), 4), made_gradients((8, 12), 4, 1))])
     if rank == 0:
         torch.save(result, out)
     torch.distributed.destroy_process_group()
@@ -2737,7 +2773,8 @@ def warped_safetensors(rng, data):
 
 def warped_flags(rng, configs, folders):
     """Some flags of dataclasses with values that are possible, at an edge, or impossible."""
-    words = ["", "x", "nowhere", ",", "=:", "a=1:nowhere", "facts", "problems", "sites", "full", "snapkv", "64:1", "0", "-1", "7", "1e9", "1e400", "nan", "9" * 30, *folders]
+    words = ["", "x", "nowhere", ",", "=:", "a=1:nowhere", "facts", "problems", "sites", "full", "snapkv", "64:1", "0", "-1", "7", "1e9", "1e400",
+             "nan", "9" * 30, *folders]
     argv = []
     for field in rng.sample([f for config in configs for f in dataclasses.fields(config)], 4):
         values = list(field.metadata["choices"] or ()) + words
@@ -2759,13 +2796,15 @@ def fuzz(seed, n, cwd):
     save_model(llama, "m"), cepe.save_cepe(small_cepe().float(), "c"), prulong.save_heads("heads.tsv", torch.rand(3, 4))
     made_tokenizer(cwd / "m")
     tokenizer = load_tokenizer("m")
-    good = {name: open(name, "rb").read() for name in ("m/config.json", "m/model.safetensors", "m/tokenizer.json", "c/config.json", "c/model.safetensors", "heads.tsv")}
+    good = {name: open(name, "rb").read() for name in ("m/config.json", "m/model.safetensors", "m/tokenizer.json", "c/config.json",
+                                                       "c/model.safetensors", "heads.tsv")}
     chats = [{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "so"}]}, {"question": "1 + 1?", "answer": "#### 2"},
              {"instruction": "a", "input": "", "output": "b"}, {"question": {"stem": "a", "choices": [{"label": "A", "text": "b"}]}, "answerKey": "A"}]
     texts = [{"text": "one two", "url": "http://a.org/x"}, {"text": "three", "url": "b.com"}]
     ctx = [{"title": "t", "text": "x"}]
     tasks = {"kilt_nq": ("kilt/nq-dev-multikilt_1000_k50_dep6.jsonl", [{"question": f"q{i}", "answers": ["a"], "ctxs": ctx} for i in range(3)]),
-             "json_kv": ("json_kv/test_k105_dep6.jsonl", [{"context": '{"a": "b"}', "question": "a", "answer": "b", "demos": [{"key": "a", "value": "b"}] * 2, "num_kvs": 1, "k": 1}] * 2),
+             "json_kv": ("json_kv/test_k105_dep6.jsonl", [{"context": '{"a": "b"}', "question": "a", "answer": "b",
+                                                           "demos": [{"key": "a", "value": "b"}] * 2, "num_kvs": 1, "k": 1}] * 2),
              "ruler_vt": ("ruler/vt/validation_8192.jsonl", [{"context": "C", "query": "q", "num_v": 1, "example": "e", "answer": ["A"]}] * 2)}
     os.makedirs("kilt"), os.makedirs("ruler/vt"), os.makedirs("json_kv"), os.makedirs("lit")
     for name in ("kilt/nq-train-multikilt_1000_k3_dep6.jsonl",):
@@ -2824,7 +2863,8 @@ def fuzz(seed, n, cwd):
 
     def reached(*args, **kwargs):
         raise Reached
-    for module, name in ((train, "build_model"), (train, "choose_dtype"), (eval_tasks, "load_model"), (footprint, "load_model"), (footprint, "tiny_model"), (eval_tasks, "tiny_table"), (model_file, "load_model")):
+    for module, name in ((train, "build_model"), (train, "choose_dtype"), (eval_tasks, "load_model"), (footprint, "load_model"),
+                         (footprint, "tiny_model"), (eval_tasks, "tiny_table"), (model_file, "load_model")):
         if name != "load_model" or module is not model_file:
             setattr(module, name, reached)
     kinds = {
@@ -2836,9 +2876,11 @@ def fuzz(seed, n, cwd):
         "index": lambda rng: (open("i.json", "wb").write(warped_json(rng, {"weight_map": {"a": "model.safetensors"}})), os.makedirs("i", exist_ok=True),
                               os.replace("i.json", "i/model.safetensors.index.json"), model_file.weight_files("i")),
         "heads": lambda rng: restored("heads.tsv", warped_bytes(rng, good["heads.tsv"]), lambda: prulong.load_heads("heads.tsv", rng.choice([None, 0.5]))),
-        "texts": lambda rng: restored("t.jsonl", warped_lines(rng, texts), lambda: (list(train.read_documents("t.jsonl")), list(train.read_lines("t.jsonl", "text", "url")))),
+        "texts": lambda rng: restored("t.jsonl", warped_lines(rng, texts),
+                                      lambda: (list(train.read_documents("t.jsonl")), list(train.read_lines("t.jsonl", "text", "url")))),
         "chats": chat_file, "tasks": task_file, "search": search_files,
-        "checkpoint": lambda rng: restored("k.safetensors", warped_safetensors(rng, checkpoint), lambda: train.load_checkpoint("k.safetensors", llama, method, optimizer)),
+        "checkpoint": lambda rng: restored("k.safetensors", warped_safetensors(rng, checkpoint),
+                                           lambda: train.load_checkpoint("k.safetensors", llama, method, optimizer)),
         "results": lambda rng: restored("r.jsonl", warped_lines(rng, [result] * 3) + b"\n", lambda: eval_tasks.read_results("r.jsonl")),
         "flags": flags, "more flags": flags, "yet more flags": flags}
     fine, refused = collections.Counter(), collections.Counter()
@@ -2879,7 +2921,8 @@ def test_bad_input_ends_in_one_line(tmp_path):
 
 def small_cepe(init="copy", last_n=None, **changes):
     """In float64: a grouped-query decoder of width 24, an encoder of width 16."""
-    encoder = LlamaConfig(vocab_size=changes.get("vocab_size", 61) + 1, n_layer=2, n_head=2, n_kv_head=2, n_embd=16, n_ff=24, head_dim=8, tie_embeddings=True)
+    encoder = LlamaConfig(vocab_size=changes.get("vocab_size", 61) + 1, n_layer=2, n_head=2, n_kv_head=2, n_embd=16, n_ff=24, head_dim=8,
+                          tie_embeddings=True)
     return cepe.extend(small(**changes), encoder, init, last_n)
 
 
@@ -2942,7 +2985,8 @@ def test_cepe_by_definition(last_n):
         close(read_chunks(model, main, chunks, slice=size), got, 1e-12)
     close(read_chunks(model, main, chunks, cache_kv=True), got, 1e-12)
     packed = model.context(torch.cat(chunks), bounds([7, 7, 3, 7]), [0, 14, 14, 24])  # three documents, the second without context
-    together = model.hidden(torch.cat((main, main[:5], main)), model_file.causal([0, 13, 18, 31]), context=packed, cu_seqlens=[0, 13, 18, 31]) @ model.head.T
+    together = model.hidden(torch.cat((main, main[:5], main)), model_file.causal([0, 13, 18, 31]), context=packed,
+                            cu_seqlens=[0, 13, 18, 31]) @ model.head.T
     for rows, part in ((slice(0, 13), chunks[:2]), (slice(13, 18), []), (slice(18, 31), chunks[2:])):
         close(together[rows], read_chunks(model, main[:rows.stop - rows.start], part), 1e-6)
 
@@ -3004,10 +3048,12 @@ def test_cepe_checkpoints_in_the_released_layout(tmp_path):
     (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalContextLM"]}))
     assert config["encoder_hidden_size"] == 16 and config["num_cross_attn_layers"] == 2
     tensors = train.read_tensor_file(tmp_path / "a" / "model.safetensors")
-    short = {k: v for k, v in tensors.items()} | {"encoder.embed_tokens.weight": tensors["encoder.embed_tokens.weight"][:61].clone(), "model.rotary_emb.inv_freq": torch.ones(4)}
+    short = {k: v for k, v in tensors.items()} | {"encoder.embed_tokens.weight": tensors["encoder.embed_tokens.weight"][:61].clone(),
+                                                  "model.rotary_emb.inv_freq": torch.ones(4)}
     save_file(short, tmp_path / "a" / "model.safetensors")  # the file says how many rows the encoder has
     assert cepe.load_cepe(tmp_path / "a").encoder.embed_tokens.weight.shape == (61, 16)
-    for change, words in ((lambda t: t.pop("encoder.norm.weight"), "missing, such as encoder.norm"), (lambda t: t.update(x=torch.ones(1)), "unexpected tensor x"),
+    for change, words in ((lambda t: t.pop("encoder.norm.weight"), "missing, such as encoder.norm"),
+                          (lambda t: t.update(x=torch.ones(1)), "unexpected tensor x"),
                           (lambda t: t.update({"encoder.norm.weight": torch.ones(3)}), "shape")):
         broken = dict(tensors)
         change(broken)
@@ -3086,7 +3132,8 @@ def test_cepe_trains_end_to_end(tmp_path, monkeypatch, capsys):
     train.main(["--method", "ceped", "--model", "b", *common, "--top_k", "5", "--mlm", "0", "--out_dir", "c"])  # goes on from a CEPE folder
     model, decoder = cepe.load_cepe("c"), load_model("m")
     assert all(torch.equal(p, dict(model.named_parameters())[name]) for name, p in decoder.named_parameters())
-    for bad, words in ((["--context", "95"], "fewer than 4"), (["--context", "40"], "multiple of --chunk_size"), (["--enc_width", "30"], "multiple"), (["--enc_width", "128"], "above"), (["--data", "entities"], "entities")):
+    for bad, words in ((["--context", "95"], "fewer than 4"), (["--context", "40"], "multiple of --chunk_size"), (["--enc_width", "30"], "multiple"),
+                       (["--enc_width", "128"], "above"), (["--data", "entities"], "entities")):
         with pytest.raises(ValueError, match=words):
             train.main(["--method", "cepe", "--model", "m", *args, *bad, "--out_dir", "d"])
 
@@ -3160,7 +3207,8 @@ def test_hosts_and_metadata():
     assert meco.describe(row, "topic") == ("Topic", "Technology leader")
     assert meco.describe(row, "hash") == ("URL", hashlib.sha256(b"en.wikipedia.org").hexdigest()[:12])  # the same in every process
     top = meco.top_hosts(["http://a.b/1", "http://a.b/2", "c.d", "e.f"], 0.3)
-    assert top == {"a.b"} and meco.describe({"url": "c.d"}, "topk", top) == ("URL", "unknown") and meco.describe({"url": "a.b/9"}, "topk", top) == ("URL", "a.b")
+    assert top == {"a.b"} and meco.describe({"url": "c.d"}, "topk", top) == ("URL", "unknown")
+    assert meco.describe({"url": "a.b/9"}, "topk", top) == ("URL", "a.b")
 
 
 def test_meco_documents_by_hand():

@@ -396,7 +396,8 @@ def load_text(spec, tokenizer, seq_len, n_seq, n_held_out, seed):
 
 # what a run may leave in its out_dir, besides the tokenizer's files and shards of a large model
 OUTPUTS = ("log.jsonl", "checkpoint.safetensors", "heads.tsv", "scores.tsv", "heads.svg", "config.json", "model.safetensors")
-TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+                   "generation_config.json")
 
 
 class Diverged(RuntimeError):
@@ -771,7 +772,8 @@ def report_heads(results, model, data, settings, config, autocast):
     held = {mask: streaming_footprint(mask, n, sink, window) for _, mask, _, _ in rows}  # by identity
     for name, mask in masks.items():
         print(f"\n{name}: {int(mask.sum())} of {mask.numel()} KV heads keep the full cache (#)\n{head_map(mask)}")
-    print(f"\n| heads | full of {full.numel()} | {' | '.join(columns)} | KV footprint at {n} tokens | CPU seconds |\n|---|---|---|---|" + "---|" * len(columns))
+    print(f"\n| heads | full of {full.numel()} | {' | '.join(columns)} | KV footprint at {n} tokens | CPU seconds |\n|---|---|---|---|"
+          + "---|" * len(columns))
     for name, mask, score, seconds in rows:
         print(f"| {name} | {int(mask.sum())} | {' | '.join(format(x, '.3f') for x in score)} | {held[mask]:.3f} | {seconds:.1f} |")
     if processes()[0] == 0:
@@ -1020,7 +1022,8 @@ def build_stages(config, settings, vocab_size) -> list:
     built = []
     for stage, spec in zip(stages, specs * (len(stages) if len(specs) == 1 else 1)):
         if config.batch * stages[0].length % stage.length:
-            raise ValueError(f"--stages: a micro-batch of {config.batch} x {stages[0].length} tokens is not a number of sequences of {stage.length}: set --batch")
+            raise ValueError(f"--stages: a micro-batch of {config.batch} x {stages[0].length} tokens is not a number of sequences of "
+                             f"{stage.length}: set --batch")
         longest = max(s.length for s in stages)
         own = dataclasses.replace(config, data=spec, seq_len=stage.length, batch=config.batch * stages[0].length // stage.length,
                                   eval_seqs=-(-config.eval_seqs * longest // stage.length))  # the same end of the text is held out in every stage

@@ -57,7 +57,8 @@ class ProjFactor(torch.optim.Optimizer):
     def __init__(self, params, lr=1e-4, rank=1, granularity=64, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, proj_every=200, seed=0,
                  basis="normal", scheme="projfactor", at_refresh="keep", max_norm=None):
         if lr < 0 or eps <= 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas) or proj_every < 1:
-            raise ValueError(f"want lr, weight_decay >= 0, eps > 0, betas in [0, 1), proj_every >= 1, got {lr}, {weight_decay}, {eps}, {betas}, {proj_every}")
+            raise ValueError(f"want lr, weight_decay >= 0, eps > 0, betas in [0, 1), proj_every >= 1, got {lr}, {weight_decay}, {eps}, "
+                             f"{betas}, {proj_every}")
         for name, value, known in (("basis", basis, BASES), ("scheme", scheme, SCHEMES), ("at_refresh", at_refresh, ("keep", "reset"))):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
