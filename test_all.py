@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import xml.etree.ElementTree
 from fractions import Fraction
 
@@ -332,6 +333,7 @@ def interpreted_work():
         assert forward == 2 * 2 * 2 * 16 * blocks(32, 16)
         assert done[0] == 2 * 2 * 16 * (3 * blocks(32, 16) + 4 * blocks(16, 32))
         costs.append((forward, done[0] / forward))
+    InterpreterBuilder.create_dot = dot
     assert [ratio for _, ratio in costs[:2]] == [3.5, 3.5]
     assert costs[4][0] - costs[3][0] == costs[3][0] - costs[2][0]  # a streaming head: so much more for so many more tokens
 
@@ -1859,7 +1861,7 @@ def test_streaming_and_heads_hold_exactly_sink_and_window():
 
 def test_chunked_budgets_at_the_edges():
     """Chunks shorter than the window, budget 0, remainder 1, window longer than the prompt: exactly the budget is kept."""
-    model, tokens = small(), torch.randint(61, (33,), generator=torch.Generator().manual_seed(0))
+    model, tokens = small(n_layer=1), torch.randint(61, (33,), generator=torch.Generator().manual_seed(0))
     for policy in ("snapkv", "knorm", "random"):
         for chunk in (1, 4, 5, 16, 32, 33, 100):
             for budget in (0, 1, 4, 6, 40):
@@ -1868,10 +1870,10 @@ def test_chunked_budgets_at_the_edges():
                         cache = evict.make_cache(model, policy, budget=budget, chunk=chunk, obs_window=obs_window, patch=patch)
                         generate(model, tokens, 1, cache=cache)
                         q, r = divmod(33, chunk)
-                        assert held(cache) == [[q * min(budget, chunk) + min(budget, r)] * 2] * 3
+                        assert held(cache) == [[q * min(budget, chunk) + min(budget, r)] * 2]
     cache = evict.make_cache(model, "snapkv", keep=0.29, obs_window=2)
     generate(model, torch.randint(61, (100,)), 1, cache=cache)
-    assert held(cache) == [[29] * 2] * 3
+    assert held(cache) == [[29] * 2]
     cache = evict.make_cache(model, "snapkv", budget=5, obs_window=9)
     generate(model, tokens, 1, cache=cache)
     assert cache.positions(0, 0).tolist() == list(range(28, 33))  # less budget than window: the last tokens
@@ -2692,8 +2694,8 @@ def test_projection_on_singular_vectors(tmp_path):
     close(optimizer.state[low]["basis"] @ optimizer.state[low]["sum"], torch.outer(torch.arange(8.0), torch.arange(12.0)), 1e-3)
 
 
-def projected_worker(rank, size, meeting, out):
-    torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=size)
+def projected_worker(rank, size, port, out):
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     p = torch.nn.Parameter(torch.ones(8, 12))
     result = optimize(vlorp.ProjFactor([p], lr=0.1, rank=2, granularity=2), p,
                       [g[rank] for g in zip(made_gradients((8, 12), 4), made_gradients((8, 12), 4, 1))])
@@ -2704,7 +2706,7 @@ def projected_worker(rank, size, meeting, out):
 
 def test_projected_gradients_are_averaged_over_processes(tmp_path):
     """Two processes with a gradient each end where one process with their mean does."""
-    torch.multiprocessing.spawn(projected_worker, (2, str(tmp_path / "meeting"), str(tmp_path / "x.pt")), nprocs=2)
+    assert launch(projected_worker, 2, str(tmp_path / "x.pt")) == [0, 0]
     p = torch.nn.Parameter(torch.ones(8, 12))
     both = [(a + b) / 2 for a, b in zip(made_gradients((8, 12), 4), made_gradients((8, 12), 4, 1))]
     close(torch.load(tmp_path / "x.pt", weights_only=True), optimize(vlorp.ProjFactor([p], lr=0.1, rank=2, granularity=2), p, both), 1e-5)
@@ -3362,21 +3364,36 @@ def beat_random_masks(tmp_path):
     assert full > 0.98 and learned > 0.95 and sum(random) / 8 < 0.6, (full, learned, random)
 
 
+def run_each(names):
+    """Run functions of this file; prints {name: traceback, None where it held}."""
+    came = {}
+    for name in names:
+        try:
+            came[name] = globals()[name]()
+        except Exception:
+            came[name] = traceback.format_exc()
+    print(json.dumps(came))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def apart(request, tmp_path_factory):
-    """name -> future of what the selected tests want, two at a time, each process with one thread."""
+    """name -> future of what the selected tests want, two at a time, each process with one thread. Of the kernels: {function: traceback,
+    None where it held}."""
     wanted = [item.name for item in request.session.items]
     common = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     common |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
     here = os.path.dirname(os.path.abspath(__file__))
-    run = lambda name, **env: subprocess.run([sys.executable, "-c", f"import test_all; test_all.{name}()"], env=common | env,
-                                             text=True, capture_output=True, cwd=here)
+
+    def run(kind, names, **env):
+        code = f"import test_all; test_all.run_each({[f'{kind}_{name}' for name in names]})"
+        done = subprocess.run([sys.executable, "-c", code], env=common | env, text=True, capture_output=True, cwd=here)
+        return json.loads(done.stdout) if done.returncode == 0 else collections.defaultdict(lambda: done.stderr)
     futures = {}
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         for kind, names, env in (("interpreted", INTERPRETED, {"TRITON_INTERPRET": "1"}), ("compiled", COMPILED, {})):
-            for name in names:
-                if f"test_kernels_{kind}[{name}]" in wanted:
-                    futures[f"{kind}_{name}"] = pool.submit(run, f"{kind}_{name}", **env)
+            names = [name for name in names if f"test_kernels_{kind}[{name}]" in wanted]
+            if names:
+                futures[kind] = pool.submit(run, kind, names, **env)
         if "test_prulong_beats_random_masks_on_a_trained_model" in wanted:
             child = server.Process(target=beat_random_masks, args=(tmp_path_factory.mktemp("claim"),))
             futures["claim"] = pool.submit(lambda: (child.start(), child.join(), child.exitcode))
@@ -3397,14 +3414,14 @@ def trained_together(apart):
 
 @pytest.mark.parametrize("name", INTERPRETED)
 def test_kernels_interpreted(apart, name):
-    done = apart[f"interpreted_{name}"].result()
-    assert done.returncode == 0, done.stderr[-3000:]
+    failed = apart["interpreted"].result()[f"interpreted_{name}"]
+    assert failed is None, failed[-3000:]
 
 
 @pytest.mark.parametrize("name", COMPILED)
 def test_kernels_compiled(apart, name):
-    done = apart[f"compiled_{name}"].result()
-    assert done.returncode == 0, done.stderr[-3000:]
+    failed = apart["compiled"].result()[f"compiled_{name}"]
+    assert failed is None, failed[-3000:]
 
 
 @pytest.mark.parametrize("name", TOGETHER)
