@@ -57,7 +57,7 @@ class Config:
                                    "(official, random encoder: 0.3)", low=0, high=1)
     kl: float = flag(2.0, "ceped: weight of the distillation, beside 1 of cross-entropy", low=0)
     top_k: int = flag(0, "ceped: distil the teacher's k likeliest tokens and the rest as one; 0: the whole vocabulary (official, stored: 50)", low=0)
-    slice: int = flag(64, "chunks encoded at once; only memory depends on it", low=1)
+    chunks_at_once: int = flag(64, "in the encoder; only memory depends on it", low=1)
 
 
 # --- the model ----------------------------------------------------------------------------------------------------------
@@ -115,20 +115,20 @@ class CEPE(Llama):
             p.requires_grad_(name.startswith("encoder.") or ".cross_attn." in name)
         return self
 
-    def encode(self, tokens, cu_chunks, slice=64):
+    def encode(self, tokens, cu_chunks, chunks_at_once=64):
         """Encoder states (M, d_enc) of chunks packed end to end: tokens (M,), bounds cu_chunks (n_chunk + 1,)."""
         states, bounds = [], [int(x) for x in cu_chunks]
-        for first in range(0, len(bounds) - 1, slice):
-            cu = bounds[first:first + slice + 1]
+        for first in range(0, len(bounds) - 1, chunks_at_once):
+            cu = bounds[first:first + chunks_at_once + 1]
             own = [x - cu[0] for x in cu]
             attend = lambda layer, q, k, v: attention(q, k, v, own, own, causal=False)
             positions = torch.cat([torch.arange(b - a) for a, b in zip(cu, cu[1:])])
             states.append(self.encoder(self.encoder_config, tokens[cu[0]:cu[-1]], attend, positions, checkpointing=self.checkpointing))
         return torch.cat(states) if states else tokens.new_zeros(0, self.encoder_config.n_embd, dtype=self.head.dtype)
 
-    def context(self, tokens, cu_chunks, cu=None, slice=64, cache_kv=False) -> Context:
+    def context(self, tokens, cu_chunks, cu=None, chunks_at_once=64, cache_kv=False) -> Context:
         """Encode chunks for one main document, or for several with bounds cu. cache_kv: project keys and values now, once."""
-        states = self.encode(tokens, cu_chunks, slice)
+        states = self.encode(tokens, cu_chunks, chunks_at_once)
         pairs = [block.cross_attn.keys_values(states) if hasattr(block, "cross_attn") else None for block in self.model.layers] if cache_kv else None
         return Context(states, [0, len(states)] if cu is None else [int(x) for x in cu], pairs)
 
@@ -166,7 +166,7 @@ def split_chunks(n, size):
 
 
 def extend(llama: Llama, encoder_config: LlamaConfig, init="copy", last_n=None, seed=0, enc_init="fresh") -> CEPE:
-    """A CEPE around a Llama's own weights, frozen, with a fresh encoder whose embeddings begin as the first d_enc columns of the decoder's.
+    """A CEPE around a copy of a Llama's weights, frozen, with a fresh encoder whose embeddings begin as the first d_enc columns of theirs.
     enc_init decoder: its layers too begin as the decoder's first ones (see first_layers).
 
     Cross-attention starts from the same layer's self-attention: q as it is, k and v by their first d_enc columns, the norm from the
@@ -216,8 +216,8 @@ def load_cepe(path, device="cpu", dtype=torch.float32) -> CEPE:
     """The CEPE in folder `path`, frozen but for its new parts. Every tensor must be there, and no other.
 
     Raises ValueError naming what is missing, unexpected or misshapen; a folder with only .bin files is refused: they are pickles."""
-    files = os.listdir(path) if os.path.isdir(path) else []
-    if any(f.endswith(".bin") for f in files) and not any(f.endswith((".safetensors", ".safetensors.index.json")) for f in files):
+    present = os.listdir(path) if os.path.isdir(path) else []
+    if any(f.endswith(".bin") for f in present) and not any(f.endswith((".safetensors", ".safetensors.index.json")) for f in present):
         raise ValueError(f"{path}: only .bin weights, which would have to be unpickled. Convert once, where you trust the file: python -c "
                          "\"import torch, safetensors.torch as s; s.save_file({k: v.contiguous() for k, v in torch.load('pytorch_model.bin', "
                          "weights_only=True).items()}, 'model.safetensors')\"")
@@ -230,16 +230,13 @@ def load_cepe(path, device="cpu", dtype=torch.float32) -> CEPE:
         last_n = number(hf, "num_cross_attn_layers", config.n_layer)
     except ValueError as e:
         raise ValueError(f"{path}/config.json: {e}") from None
+    files = weight_files(path)
+    if rows := max(map(embedding_rows, files)):  # released encoders have one row more, of [MASK]: the file says how many
+        encoder_config = replace(encoder_config, vocab_size=rows)
     with torch.device("meta"):
         model = CEPE(config, encoder_config, last_n)
     want = dict(model.named_parameters())
-    for file in weight_files(path):
-        rows = embedding_rows(file)
-        if rows and rows != encoder_config.vocab_size:  # released encoders have one row more, of [MASK]: the file says how many
-            encoder_config = replace(encoder_config, vocab_size=rows)
-            with torch.device("meta"):
-                model = CEPE(model.config, encoder_config, last_n)
-            want = dict(model.named_parameters())
+    for file in files:
         tensors |= read_tensors(file, want, device, dtype)
     if missing := sorted(want.keys() - tensors.keys()):
         raise ValueError(f"{path}: {len(missing)} tensors are missing, such as {missing[0]}")
@@ -300,9 +297,9 @@ def example(documents, chunk_size, keep=None) -> Example:
                    torch.tensor(cu_context))
 
 
-def states_of(model, batch, slice=64):
+def states_of(model, batch, chunks_at_once=64):
     """Decoder states (N, n_embd) of a batch that reads its context."""
-    context = model.context(batch.context, batch.cu_chunks.tolist(), batch.cu_context.tolist(), slice)
+    context = model.context(batch.context, batch.cu_chunks.tolist(), batch.cu_context.tolist(), chunks_at_once)
     return model.hidden(batch.tokens, causal(batch.cu_seqlens), context=context, cu_seqlens=batch.cu_seqlens)
 
 
@@ -365,7 +362,7 @@ class Expand(nn.Module):
         return warmup_cosine(step - first, length, warmup, min_lr)
 
     def phases(self, steps):
-        """First and last step of the three phases."""
+        """(first step, one past the last) of the three phases."""
         mlm = round(self.settings.mlm * steps)
         main = min(steps - 1, mlm + round(self.settings.duplicate * steps))
         return (0, min(mlm, main)), (min(mlm, main), main), (main, steps)
@@ -377,7 +374,7 @@ class Expand(nn.Module):
         s, phase = self.settings, self.phase(step, steps)
         documents = data.documents(rng, s.context)  # (before, main) token arrays
         if phase == 0:
-            documents = [(np.concatenate(pair), main[:0]) for pair in documents for main in pair[1:]]
+            documents = [(np.concatenate((before, main)), main[:0]) for before, main in documents]
         elif phase == 1:
             documents = [(main, main) for _, main in documents]
         keep = None
@@ -395,10 +392,10 @@ class Expand(nn.Module):
         s, phase = self.settings, self.phase(step, steps)
         if phase == 0:
             masked = torch.where(batch.targets != -100, model.encoder_config.vocab_size - 1, batch.context)
-            states = model.encode(masked, batch.cu_chunks.tolist(), s.slice)[batch.targets != -100]
+            states = model.encode(masked, batch.cu_chunks.tolist(), s.chunks_at_once)[batch.targets != -100]
             logits = self.head(states, model.encoder.embed_tokens.weight)
             return F.cross_entropy(logits.float(), batch.targets[batch.targets != -100], reduction="sum") / max(1, len(states)), {"phase": 0}
-        states = states_of(model, batch, s.slice)
+        states = states_of(model, batch, s.chunks_at_once)
         loss = cross_entropy(states, model.head, batch.targets)
         if not self.distil or phase == 1:
             return loss, {"phase": phase}
@@ -479,7 +476,7 @@ class Entities:
     N, OWN, vocab_size = 128, 24, 128  # symbols, those of one document
 
     def __init__(self, n_main=16, n_seq=32):
-        self.n_main, self.n_seq, self.seq_len = n_main, n_seq, n_main
+        self.n_main, self.n_seq = n_main, n_seq
 
     def documents(self, rng, context, n_seq=None):
         """Pairs of context and main tokens, n_seq of them."""

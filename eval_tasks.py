@@ -29,7 +29,7 @@ import sysconfig
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -186,14 +186,14 @@ def rouge_l(prediction, gold, by_line=False):
     n_predicted, n_gold = sum(map(len, predicted)), sum(map(len, golds))
     if not n_predicted or not n_gold:
         return 0.0, 0.0
-    left, left_gold, hits = (Counter(w for words in side for w in words) for side in (predicted, golds, []))
+    left, left_gold = (Counter(w for words in side for w in words) for side in (predicted, golds))
+    same = 0
     for words in golds:
         for i in sorted({i for other in predicted for i in common_subsequence(words, other)}):
             if left[words[i]] > 0 and left_gold[words[i]] > 0:  # no word counts more often than either side has it
                 left[words[i]] -= 1
                 left_gold[words[i]] -= 1
-                hits[words[i]] += 1
-    same = hits.total()
+                same += 1
     return f_measure(same / n_predicted, same / n_gold), same / n_gold
 
 
@@ -1099,7 +1099,7 @@ def travel_problem(rng, search):
             flights.add(tuple(rng.sample(cities, 2)))
         item = {"ground_truth_cities": "**".join(cities), "ground_truth_durations": "**".join(map(str, stays)), "constraints": constraints,
                 "connected_cities": rng.sample(sorted(flights), len(flights)), "total_days": sum(stays) - len(cities) + 1}
-        trace, plan = travel_trace(item)
+        trace, _ = travel_trace(item)
         if search[0] <= len(trace) <= search[1] and count_plans(item) == 1:
             return item, trace
 
@@ -2171,6 +2171,8 @@ def check_flags(config):
 def main():
     config, = parse([Config], description="Long-context tasks: score, KV footprint and time of a Llama, for several policies at once.")
     if config.model is None:
+        if given := [f.name for f in fields(config) if f.name not in ("n", "seed") and getattr(config, f.name) != f.default]:
+            raise ValueError(f"--{given[0]} wants --model DIR")
         return tiny_table(config)
     check_flags(config)
     join_processes(config.device)

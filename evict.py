@@ -57,7 +57,7 @@ def last_query_scores(q, q_pos, k, pos):
 
 
 def norm_scores(k):
-    """Keys of small norm draw much attention: the smallest are kept."""
+    """Keys k (heads, n, D) of small norm draw much attention: the smallest are kept."""
     return -k.float().norm(dim=-1)
 
 
@@ -225,7 +225,7 @@ class EvictingCache(KVCache):
         if self.settings.policy in ("streaming", "heads"):
             self.evict_by_position(layer, len(k))
         elif self.settings.policy != "full":
-            self.evict_by_score(layer, q.unflatten(1, (k.shape[1], -1)), k, v)
+            self.evict_by_score(layer, q.unflatten(1, (k.shape[1], -1)), k, v)  # q (T, n_kv_head, G, D)
 
     def evict_by_position(self, layer, n_new):
         """Streaming heads keep the sink and what the next query's window shows; full heads keep all."""
@@ -253,7 +253,7 @@ class EvictingCache(KVCache):
             scores = self.scores(layer, slab, q, k, v, first, n)  # (heads, n)
             index = torch.arange(n).expand(len(slab.heads), n)
             if due:
-                budget = self.budget_at(layer, n)
+                budget = self.budget_at(layer, n, self.seen + n_new - self.n_patch)
                 n_sink = int((slab.pos[0, first:first + n] < s.sink).sum())
                 index = select(scores, budget, n_sink, self.recent_at(budget)).cpu()
             for i, h in enumerate(slab.heads):
@@ -263,14 +263,13 @@ class EvictingCache(KVCache):
         if any(len(kept[h]) < slab.n for slab in self.slabs[layer] for h in slab.heads):
             self.keep(layer, kept)
 
-    def budget_at(self, layer, n) -> int:
-        """Entries to keep of n candidates in this layer."""
+    def budget_at(self, layer, n, so_far) -> int:
+        """Entries to keep of n candidates in this layer, when the sequence has so_far tokens with this step's."""
         s = self.settings
         if self.decoding and s.decode_budget is not None:
             return s.decode_budget
         if s.keep is not None:
-            of = n if s.policy in CHUNK_RULES else self.seen + n - int(self.held[layer, 0])  # all tokens so far
-            cap = math.floor(s.keep * of + 1e-9)  # 1e-9: 0.29 * 100 is 29 although floats say 28.999...
+            cap = math.floor(s.keep * (n if s.policy in CHUNK_RULES else so_far) + 1e-9)  # 1e-9: 0.29 * 100 is 29 although floats say 28.999...
         else:
             cap = s.budget
         if s.policy != "pyramidkv" or self.decoding:
@@ -286,7 +285,7 @@ class EvictingCache(KVCache):
         if s.policy == "h2o":
             return budget // 2
         if s.policy == "locret":
-            return 0 if self.final and not self.decoding else s.obs_window  # its "stabilizers", until the prompt is read
+            return 0 if self.final and not self.decoding else s.obs_window  # its "stabilizers" (released: 2500), until the prompt is read
         return 0 if s.policy in ("tova", "random") or self.n_patch else s.obs_window
 
     def scores(self, layer, slab, q, k, v, first, n):
@@ -344,12 +343,12 @@ class LocretScorer(nn.Module):
 
     def forward(self, layer, q, k, v):
         """q (T, n_kv_head, G, D), k, v (T, n_kv_head, D) -> (T, n_kv_head)."""
-        x = torch.cat((q.flatten(1), k.flatten(1), v.flatten(1)), 1)
+        x = torch.cat((q.flatten(1), k.flatten(1), v.flatten(1)), 1)  # (T, width)
         return self.layers[layer](x.to(self.layers[layer][0].weight.dtype))
 
 
 def locret_loss(model, scorer, tokens, n_answer):
-    """How far the scorer is from the largest logit that any of the last n_answer tokens gives each earlier one: smooth L1,
+    """How far the scorer is from the largest logit that any of the last n_answer of tokens (N,) gives each earlier one: smooth L1,
     plus 0.0025 times the squared difference of neighbours' scores; mean over layers. The model stays frozen."""
     seen = []
 
@@ -371,7 +370,8 @@ def locret_loss(model, scorer, tokens, n_answer):
 def train_locret(model, samples, hidden=1024, lr=5e-4, seed=0):
     """A LocretScorer learned on samples, an iterable of (tokens (N,), n_answer). Returns it and the list of losses.
 
-    AdamW (0.9, 0.95), gradient norm at most 0.5, as released (3000 samples of up to 10240 tokens there)."""
+    AdamW (0.9, 0.95), gradient norm at most 0.5, as released but without its 2000 steps of warm-up (3000 samples of up to 10240
+    tokens there)."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         scorer = LocretScorer(model.config, hidden).to(model.head.device)
@@ -398,7 +398,7 @@ class Config:
 
 
 def measure(model, tokens, new, cache) -> dict:
-    """Generate, and say what was held and for how long it took."""
+    """Generate, and say what was held and how long it took."""
     start = time.perf_counter()
     generate(model, tokens, new, cache=cache)
     entries = sum(slab.n * len(slab.heads) for slabs in cache.slabs for slab in slabs)

@@ -88,6 +88,7 @@ def heads(n, m, chunk, sink, window, sparsity):
 
 
 def mixed(n, m, chunk, sink, window, sparsity):
+    """`streaming` and `heads`: when a share `sparsity` of the heads streams."""
     check(n=n, m=m, chunk=chunk, sink=sink, window=window)
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity must be in 0..1, got {sparsity}")
@@ -182,7 +183,7 @@ def numbers(text, kind, name, low, high):
 
 
 def learned_masks(config):
-    """Masks (sparsity label, bool mask) from --heads, or learned on the tiny model, one run of train.py per sparsity."""
+    """Masks (share of heads that keep all, bool mask) from --heads, or learned on the tiny model, one run of train.py per sparsity."""
     paths = config.heads.split(",") if config.heads else []
     for sparsity in () if paths or config.model else (0.25, 0.5, 0.75, 0.9):
         out = os.path.join(config.out_dir, f"heads-{sparsity:g}-seed{config.seed}-sink{config.sink}-window{config.window}")
@@ -198,6 +199,11 @@ def learned_masks(config):
     return [(round(mask.float().mean().item(), 4), mask) for mask in masks]
 
 
+def tokens_of(share, length) -> int:
+    """A share of a prompt in tokens, at least one."""
+    return max(1, round(share * length))
+
+
 def points(config, length, masks):
     """Every point of the sweep: (curve, knob, policy, settings for make_cache, mask)."""
     yield "full", 1.0, "full", {}, None
@@ -209,7 +215,7 @@ def points(config, length, masks):
                 yield curve, kept, policy, dict(sink=config.sink, window=config.window), mask
             continue
         for x in shares:
-            n = max(1, round(x * length))
+            n = tokens_of(x, length)
             if policy == "streaming":
                 if n > config.sink:
                     yield curve, x, policy, dict(sink=config.sink, budget=n), None
@@ -265,7 +271,7 @@ def main():
             raise ValueError(f"--{name}: unknown {unknown[0]!r}: one of {', '.join(known)}")
     if "pseudo_to_code" in [TASKS[task].scorer for task in tasks]:
         raise ValueError("--tasks: code tasks run what the model wrote: eval_tasks.py --allow_code_exec does that")
-    numbers(config.shares, float, "shares", 0, 1)
+    shares = numbers(config.shares, float, "shares", 0, 1)
     check_device(config.device)
     path = os.path.join(config.out_dir, "results.jsonl")
     if os.path.exists(path) and not (config.resume or config.overwrite):
@@ -283,6 +289,8 @@ def main():
     if left_out := ["locret"] * ("locret" in wanted and scorer is None) + ["heads"] * ("heads" in wanted and not masks):
         print(f"left out: {', '.join(left_out)} (locret needs a scorer trained for the model, heads a --heads file)")
         config.curves = ",".join(c for c in wanted if c not in left_out)
+    if "streaming" in wanted and (short := [f"{x:g} of {n}" for n in lengths for x in shares if tokens_of(x, n) <= config.sink]):
+        print(f"left out: streaming with a share of {', '.join(short)} (no more than its --sink of {config.sink})")
     about = {"model": config.model or "tiny", "n": config.n, "seed": config.seed, "chunk": config.chunk, "dtype": config.dtype}
     done = read_results(path)
     results, jobs = [], [(task, length, *point) for task in tasks for length in lengths for point in points(config, length, masks)]

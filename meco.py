@@ -173,18 +173,18 @@ class UrlData:
         needed = {kind for kind, part in ((True, share), (False, 1 - share)) if part > 0 or settings.mode == "mix"}
         if not all(self.packs[kind] for kind in needed):
             raise ValueError(f"{len(rows)} documents do not fill one sequence of {seq_len} tokens with metadata and one without")
-        if len({describe(row, settings.metadata, self.top) for row in rows}) < 2:
+        others = {describe(row, settings.metadata, self.top) for row in rows}
+        if len(others) < 2:
             raise ValueError("all documents have the same metadata: nothing to condition on")
         if not all(row["text"] for row in held + rows):
             raise ValueError("a document has no text")
         if not all(any(mask.any() for _, mask in row) for packs in self.packs.values() for row in packs):
             raise ValueError(f"metadata fills whole sequences of {seq_len} tokens: nothing is left to learn")
-        others = {describe(row, settings.metadata, self.top) for row in rows}
         self.exams = []
         for row in held:  # the same document tokens in all three conditions
             own = describe(row, settings.metadata, self.top)
             wrong = sorted(others - {own})
-            conditions = {"none": (None, None), "right": own, "wrong": wrong[rng.integers(len(wrong))] if wrong else own}
+            conditions = {"none": (None, None), "right": own, "wrong": wrong[rng.integers(len(wrong))]}
             self.exams.append({name: exam(*encode(tokenizer, row["text"], text, label), seq_len) for name, (label, text) in conditions.items()})
         self.vocab_size = 1 + max(int(ids.max()) for packs in self.packs.values() for row in packs for ids, _ in row)
 
@@ -233,7 +233,7 @@ class SiteData:
     Without metadata the table must be inferred from the first pairs; only values can be predicted. tables_per_site 2: site s uses
     tables s and s + 1, so a URL leaves two."""
 
-    vocab_size, tokenizer = VOCAB, None
+    vocab_size = VOCAB
 
     def __init__(self, n_pair=6, tables_per_site=1, n_seq=16, seq_len=64, n_held_out=64, seed=0):
         self.n_pair, self.tables_per_site, self.n_seq, self.seq_len = n_pair, tables_per_site, n_seq, seq_len

@@ -38,6 +38,7 @@ from attention_triton import attention, decode
 
 @dataclass(frozen=True)
 class LlamaConfig:
+    """Shapes and constants of a Llama. max_seq_len [tokens] is carried along for config.json: nothing here enforces it."""
     vocab_size: int
     n_layer: int
     n_head: int
@@ -215,11 +216,11 @@ class Attention(nn.Module):
     def forward(self, x, layer, attend, cos, sin):
         n_head, n_kv_head, weight = self.n_head, self.n_kv_head, stacked(self.q_proj, self.k_proj, self.v_proj)
         if weight is None:
-            q, k, v = (p(x).unflatten(1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))
+            q, k, v = (p(x).unflatten(1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj, self.v_proj))  # (N, heads, D)
             cos, sin = cos.to(q.dtype), sin.to(q.dtype)  # autocast makes q narrower than x
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         else:
-            qk, v = linear(x, weight).unflatten(1, (-1, self.head_dim)).split((n_head + n_kv_head, n_kv_head), 1)
+            qk, v = linear(x, weight).unflatten(1, (-1, self.head_dim)).split((n_head + n_kv_head, n_kv_head), 1)  # (N, heads, D)
             q, k = rotate(qk, cos.to(qk.dtype), sin.to(qk.dtype)).split((n_head, n_kv_head), 1)
         return self.o_proj(attend(layer, q, k, v).flatten(1))  # (N, n_head, D) -> (N, n_embd)
 
@@ -239,7 +240,7 @@ class MLP(nn.Module):
         weight = stacked(self.gate_proj, self.up_proj)
         if weight is None:
             return self.down_proj(SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
-        gate, up = linear(x, weight).chunk(2, 1)
+        gate, up = linear(x, weight).chunk(2, 1)  # (N, n_ff)
         return self.down_proj(F.silu(gate).mul_(up))
 
 
@@ -397,13 +398,14 @@ class Batch(typing.NamedTuple):
 
 def divide(batch, n) -> list:
     """A batch in n parts of about equally many tokens, whole documents each; None for a part without any."""
-    cu = (batch.cu_seqlens + getattr(batch, "cu_context", 0)).double()
+    cu = (batch.cu_seqlens + getattr(batch, "cu_context", 0)).double()  # tokens before each document; CEPE's have contexts besides
     cuts = [int((cu - cu[-1] * i / n).abs().argmin()) for i in range(n)] + [len(cu) - 1]
     return [batch.documents(a, b) if b > a else None for a, b in zip(cuts, cuts[1:])]
 
 
 def collate(docs, targets=None) -> Batch:
-    """Documents packed end to end. A document's last token has no target: nothing is predicted across documents."""
+    """Documents, each token ids (n,), packed end to end. targets: one (n,) for each, -100 for none; by default the next token, and
+    none for a document's last: nothing is predicted across documents. Raises RuntimeError for no documents."""
     docs = [torch.as_tensor(doc).long() for doc in docs]
     if targets is None:
         targets = [torch.cat((doc[1:], doc.new_full((1,), -100))) for doc in docs]
@@ -423,7 +425,8 @@ class CrossEntropy(torch.autograd.Function):
         loss = weights.new_zeros(())
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_head = torch.zeros_like(head, dtype=loss.dtype) if need_head else None
-        n_rows, n_words = max(1, CrossEntropy.BLOCK // len(head)), max(1, CrossEntropy.BLOCK // 4 // head.shape[1])
+        n_rows = max(1, CrossEntropy.BLOCK // len(head))
+        n_words = max(1, CrossEntropy.BLOCK // 4 // head.shape[1])  # of d_head at a time, 8 MB
         for start in range(0, len(targets), n_rows):
             rows = slice(start, start + n_rows)
             logits = F.linear(hidden[rows], head).to(loss.dtype)  # (n_rows, V)
@@ -444,6 +447,7 @@ class CrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         return *(None if d is None else d * grad.to(d.dtype) for d in ctx.saved_tensors), None, None
 
@@ -458,10 +462,16 @@ def warmup_cosine(step, steps, warmup, floor) -> float:
 
 # --- several processes: torchrun starts them, torch.distributed connects them ------------------------------------------
 
-def processes():
-    """The number of this process, and how many there are: (0, 1) without torchrun."""
+class Processes(typing.NamedTuple):
+    """The number of this process among `size`."""
+    rank: int
+    size: int
+
+
+def processes() -> Processes:
+    """This process and its companions: (0, 1) without torchrun."""
     together = distributed.is_available() and distributed.is_initialized()
-    return (distributed.get_rank(), distributed.get_world_size()) if together else (0, 1)
+    return Processes(distributed.get_rank(), distributed.get_world_size()) if together else Processes(0, 1)
 
 
 def join_processes(device):
@@ -476,21 +486,21 @@ def join_processes(device):
     backend, patience = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", datetime.timedelta(days=7)
     distributed.init_process_group(backend, timeout=patience)  # some may evaluate for hours while others wait; torchrun notices a death
     atexit.register(distributed.destroy_process_group)
-    if processes()[0]:
+    if processes().rank:
         sys.stdout = open(os.devnull, "w")
 
 
 def wait_for_all():
-    if processes()[1] > 1:
+    if processes().size > 1:
         distributed.barrier()
 
 
 def first_alone(work):
     """work(), by the first process before all others: what it leaves on disk they find."""
-    if processes()[0]:
+    if processes().rank:
         wait_for_all()
     result = work()
-    if not processes()[0]:
+    if not processes().rank:
         wait_for_all()
     return result
 
@@ -504,7 +514,7 @@ def dealt(items) -> list:
 def summed(values) -> list:
     """Sums of numbers over all processes."""
     total = torch.tensor(values, dtype=torch.float64)
-    if processes()[1] > 1:
+    if processes().size > 1:
         distributed.all_reduce(total)
     return total.tolist()
 
@@ -600,7 +610,8 @@ class KVCache:
         self.held = self.count()  # entries when the step at hand began
 
     def prefill(self, model, tokens, chunk=None):
-        """Run the prompt (N,) through the model, `chunk` tokens at a time (all at once by default); the last token's state."""
+        """Run the prompt (N,) through the model, `chunk` tokens at a time (the cache's own, or all at once); the last token's state
+        (n_embd,)."""
         for part in tokens.split(chunk or self.chunk or len(tokens)):
             hidden = model.hidden(part, self.attend, self.next_positions(len(part)).to(part.device))
         return hidden[-1]

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from attention_triton import attention
-from model import Batch, causal, flag, replacing, warmup_cosine
+from model import Batch, causal, flag, parse, replacing, warmup_cosine
 
 # --- configuration --------------------------------------------------------------------------------------------------
 
@@ -211,7 +211,7 @@ class PruLong(nn.Module):
         return self.gates.log_alpha.detach().cpu().double().sigmoid()
 
     def mask(self):
-        """The heads that keep the full cache: the best of the target sparsity, or the frozen ones."""
+        """The heads that keep the full cache: the 1 - target_sparsity of all that score highest, or the frozen ones."""
         return self.scores() > 0.5 if self.config.train == "weights" else discretise(self.scores(), self.config.target_sparsity)
 
 
@@ -290,7 +290,7 @@ def passkeys(tokenizer, haystack, length, rng, needles, words=32):
     tail = [i for n, key in zip(ORDINALS, keys) for i in tokenizer.encode(ASKED.format(n, key))]
     room = length - len(tail) - sum(map(len, told))
     if room < needles:
-        raise ValueError(f"{needles} passkeys of {words} words need {length - room} tokens: --seq_len {length} is too short")
+        raise ValueError(f"{needles} passkeys of {words} words need {length - room + needles} tokens: --seq_len {length} is too short")
     depths = np.sort(rng.choice(np.linspace(0.05, 0.95, 1000), needles, replace=False))
     tokens, at = [], 0
     for depth, ids in zip(depths, told):
@@ -326,9 +326,8 @@ def save_heads(path, mask):
 def load_heads(path, sparsity=None):
     """bool (n_layer, n_kv_head) from PruLong's masks.tsv or DuoAttention's full_attention_heads.tsv, True = full cache.
 
-    A file of zeros and ones is taken as it is if sparsity is None, like any file: full where the value is above 0.5. With
-    a sparsity the heads are ranked by value, clipped to [0, 1]; exact ties go to the earlier head (the official loaders
-    break them by unseeded noise). Raises ValueError naming the line that is not a row of numbers, or a sparsity that a file of
+    Without a sparsity a head is full where its value is above 0.5. With one, the heads are ranked by value, clipped to [0, 1];
+    exact ties go to the earlier head (the official loaders break them by unseeded noise). Raises ValueError naming the line that is not a row of numbers, or a sparsity that a file of
     zeros and ones cannot give."""
     rows = []
     with open(path, encoding="utf-8") as f:
@@ -371,6 +370,7 @@ def toy(steps, seed, target=0.75):
 
 
 def main():
+    parse([], description="Hard-concrete gates and the Lagrangian on twelve toy heads. train.py --method prulong learns a Llama's.")
     print("Hard-concrete gates: z is exactly 0 or 1 most of the time (200,000 draws each)\n")
     print("| log_alpha | P(z = 0) | P(0 < z < 1) | P(z = 1) | mean z |\n|---|---|---|---|---|")
     rng = torch.Generator().manual_seed(0)

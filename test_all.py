@@ -493,8 +493,9 @@ def test_llama3_rope_scaling_follows_the_published_code():
         assert abs(got - want) <= 2e-6 * want
 
 
-def test_cross_entropy_value_and_gradients():
-    """Against torch's, over several blocks, with ignored targets (one block wholly so) and with weights."""
+def test_cross_entropy_value_and_gradients(monkeypatch):
+    """Against torch's, over several blocks of rows and of words, with ignored targets (one block wholly so) and with weights."""
+    monkeypatch.setattr(model_file.CrossEntropy, "BLOCK", 1600)  # 48 rows, 25 words at a time
     rng = torch.Generator().manual_seed(0)
     n = 2 * 1024 + 300
     hidden, head = (torch.randn(s, 16, generator=rng, dtype=torch.float64, requires_grad=True) for s in (n, 33))
@@ -511,6 +512,10 @@ def test_cross_entropy_value_and_gradients():
             close(a, b, 1e-12)
     with pytest.raises(ValueError, match="no target"):
         cross_entropy(hidden, head, torch.full((n,), -100))
+    one = torch.ones((), dtype=torch.float64, requires_grad=True)
+    first, = torch.autograd.grad(cross_entropy(hidden, head, targets), hidden, one, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):  # a second derivative would be wrong in silence
+        first.sum().backward()
 
 
 def test_loaded_weights_that_lie_together_change_nothing(tmp_path):
@@ -1107,8 +1112,10 @@ def test_packs_cover_the_data_once_and_keep_documents_apart():
 
 
 def test_reading_text(tmp_path):
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "x.txt").write_text("two")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "x.txt").write_text("two")
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "x.txt").write_text("three")
     (tmp_path / "a.jsonl").write_text('{"text": "one", "url": "u"}\n{"text": "more"}\n')
     (tmp_path / "c.bin").write_bytes(b"\xff\xfe\x00")
     assert list(train.read_documents(str(tmp_path))) == ["one", "more", "two"]
@@ -1122,7 +1129,7 @@ def test_reading_text(tmp_path):
     with pytest.raises(ValueError, match="no text"):
         load(str(tmp_path / "empty"))
     with pytest.raises(ValueError, match="too few"):
-        load(str(tmp_path / "b"))
+        load(str(tmp_path / "test"))
     for spec in ("a=0:x", "a=y:x", "a=1", "a=1:x,b"):
         with pytest.raises(ValueError, match="name=weight:PATH"):
             load(spec)
@@ -1134,13 +1141,12 @@ def test_reading_text(tmp_path):
 
 def test_accumulated_micro_batches_equal_one_batch(tmp_path):
     """Targets weigh the same however unevenly they fall on micro-batches."""
-    class Two:  # micro-batch 0 has 3 documents, micro-batch 1 has one
-        docs = [torch.arange(5), torch.arange(9, 25), torch.arange(3), torch.arange(40, 47)]
+    docs = [torch.arange(5), torch.arange(9, 25), torch.arange(3), torch.arange(40, 47)]  # three for one micro-batch, one for the other
     first = []
     for n_micro in (1, 2):
         model, config = small(), train.Config(steps=1, grad_accum=n_micro, lr=1e-2, **DEFAULTS)
         lm = train.LM(model, config, 0)
-        turn = iter([Two.docs] if n_micro == 1 else [Two.docs[:3], Two.docs[3:]])
+        turn = iter([docs] if n_micro == 1 else [docs[:3], docs[3:]])
         lm.batch = lambda data, rng, step, steps: train.collate(next(turn))
         out = tmp_path / str(n_micro)
         out.mkdir()
@@ -1256,8 +1262,8 @@ def test_killed_run_resumes_in_the_same_bits(tmp_path, method):
     args = [*ARGS, "--method", method, "--steps", "12"]
     if method == "stages":  # killed in the second stage, whose RoPE base is the first's
         args = [*ARGS, "--method", "lm", "--stages", "64:3:1e5,128:9"]
-        i = args.index("--seq_len") if "--seq_len" in args else None
-        args = args if i is None else args[:i] + args[i + 2:]
+        i = args.index("--seq_len")
+        args = args[:i] + args[i + 2:]
     if method == "cepe":  # the encoder's head never has a gradient, cross-attention has none in the first phase
         args = ["--method", "cepe", "--decoder_steps", "5", "--steps", "12", "--save_every", "2", "--eval_seqs", "2"]
     if method == "prulong":  # weights too, so that everything a checkpoint can hold is there
@@ -1624,6 +1630,7 @@ def test_stages_grow_the_context(tmp_path, monkeypatch, capsys):
     assert [x["lr"] for x in steps[4:]] == pytest.approx([x["lr"] / 4 for x in steps[:4]])  # 1e-3 for 4e-3, and anew
     assert [row["length"] for row in outcome["stages"]] == [64, 128] and list(outcome["stages"][0]["scores"]) == ["64", "128", "256"]
     assert json.load(open("a/config.json"))["rope_theta"] == 1e5
+    assert train.at_stage(LlamaConfig(9, 1, 1, 1, 8, 8, 8, max_seq_len=100), train.Stage(128, 1, None, None)).max_seq_len == 128
     assert train.read_tensor_file("a/checkpoint.safetensors")["optimizer.0.step"] == 8
     assert train.parse_stages("64K:5000:8e6:1e-5,512K:2500:1.28e8:5e-6")[1] == (524288, 2500, 1.28e8, 5e-6, None)
     sources = {"text": (1.0, [np.arange(n) for n in (5, 30, 9, 100, 60)])}
@@ -1745,7 +1752,7 @@ def test_bad_command_lines_end_in_one_line_and_exit_2(tmp_path, monkeypatch, cap
 
 def test_scripts_answer_help_and_end_broken_input_in_exit_2(tmp_path):
     here = os.path.dirname(os.path.abspath(train.__file__))
-    for name in ("train.py", "model.py", "eval_tasks.py"):
+    for name in ("train.py", "model.py", "eval_tasks.py", "prulong.py", "attention_triton.py"):
         assert "--" in script(os.path.join(here, name), "--help", cwd=tmp_path).stdout
     broken = script(os.path.join(here, "model.py"), "--model", str(tmp_path), "--prompt", "x", cwd=tmp_path)
     assert broken.returncode == 2 and broken.stderr.count("\n") == 1 and "config.json" in broken.stderr
@@ -2510,6 +2517,7 @@ def test_evaluation_resumes_and_names_what_is_wrong(tmp_path, monkeypatch, capsy
     for other in ('{"a": 1}\n', "precious text without a line's end"):
         open("o/x.jsonl", "w").write(other)
         assert "not results" in go(args).err and open("o/x.jsonl").read() == other
+    assert "--tasks wants --model" in go(["eval_tasks.py", "--tasks", "litsearch:bm25"]).err
     err = go([*args[:4], "code_0.5k", *args[5:6], "4000", "--out", "o/y.jsonl"]).err
     assert "skipped" in err and "--allow_code_exec" in err
 
@@ -2525,7 +2533,7 @@ def test_projection_is_unbiased_with_the_known_error(basis, off, c, r):
     group, grad = optimizer.param_groups[0], torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
     total, error = torch.zeros_like(grad), 0.0
     for step in range(n):
-        basis_ = optimizer.basis(p, group, step)
+        basis_ = optimizer.projection(p, group, step)
         estimate = torch.cat([rows for _, rows in vlorp.estimate(vlorp.project(grad, basis_, group), basis_, p)])
         total += estimate
         error += (estimate - grad).square().sum().item() / n
@@ -2575,7 +2583,7 @@ def test_projfactor_by_definition(shape, c, r, monkeypatch):
         w, row, column, group = torch.zeros(shape), torch.zeros(shape[0]), torch.zeros(shape[1]), optimizer.param_groups[0]
         n_units, width = int(max(shape) * c), int(min(shape) / c)
         for t, g in enumerate(made_gradients(shape, 8), 1):
-            basis = optimizer.basis(p, group, t - 1)
+            basis = optimizer.projection(p, group, t - 1)
             assert basis.shape == (width, r)
             if shape[0] >= shape[1]:
                 small = g.reshape(n_units, width) @ basis
@@ -2605,12 +2613,12 @@ def test_projected_training_frees_gradients_accumulates_and_counts_bytes():
     (twin.loss(tokens[0, :-1], tokens[0, 1:]) + twin.loss(tokens[1, :-1], tokens[1, 1:])).backward()
     for p, q in zip(groups[0]["params"], vlorp.param_groups(twin)[0]["params"]):
         group = optimizer.param_groups[0]
-        close(optimizer.state[p]["sum"], vlorp.project(q.grad, optimizer.basis(p, group, 0), group), 1e-5)
+        close(optimizer.state[p]["sum"], vlorp.project(q.grad, optimizer.projection(p, group, 0), group), 1e-5)
     optimizer.step()
     k, v = (p for name, p in model.named_parameters() if name.startswith("model.layers.0.self_attn.") and name[-13] in "kv")
-    assert k.shape == v.shape and not torch.equal(*(optimizer.basis(p, optimizer.param_groups[0], 0) for p in (k, v)))
+    assert k.shape == v.shape and not torch.equal(*(optimizer.projection(p, optimizer.param_groups[0], 0) for p in (k, v)))
     projected = sum(p.itemsize * (max(p.shape) * 4 + sum(p.shape)) for p in groups[0]["params"])
-    assert optimizer.state_bytes() == projected + sum(2 * p.nbytes for p in groups[1]["params"])
+    assert vlorp.state_bytes(optimizer) == projected + sum(2 * p.nbytes for p in groups[1]["params"])
 
 
 def test_projected_state_resumes_in_the_same_bits(tmp_path):
@@ -2644,7 +2652,7 @@ def test_projected_gradients_clip_skip_and_refuse():
     optimizer = vlorp.ProjFactor([p := torch.nn.Parameter(torch.ones(8, 12))], lr=0.1, rank=2, granularity=2, max_norm=0.5, scheme="subspace",
                                  betas=(0.0, 0.0), eps=1e9)
     g = made_gradients((8, 12), 1)[0]
-    small = vlorp.project(g, optimizer.basis(p, optimizer.param_groups[0], 0), optimizer.param_groups[0])
+    small = vlorp.project(g, optimizer.projection(p, optimizer.param_groups[0], 0), optimizer.param_groups[0])
     optimize(optimizer, p, [g])
     close(optimizer.state[p]["m"], small * 0.5 / small.norm(), 1e-5)
     before = p.detach().clone()
@@ -2984,7 +2992,7 @@ def test_cepe_by_definition(last_n):
     assert (read_chunks(model, main, [c.flip(0) for c in chunks]) - got).abs().max() > 1e-3  # their tokens are not
     close(read_chunks(model, main, chunks * 2), got, 1e-12)  # a weighted mean: twice the same weighs the same
     for size in (1, 2, 3):
-        close(read_chunks(model, main, chunks, slice=size), got, 1e-12)
+        close(read_chunks(model, main, chunks, chunks_at_once=size), got, 1e-12)
     close(read_chunks(model, main, chunks, cache_kv=True), got, 1e-12)
     packed = model.context(torch.cat(chunks), bounds([7, 7, 3, 7]), [0, 14, 14, 24])  # three documents, the second without context
     together = model.hidden(torch.cat((main, main[:5], main)), model_file.causal([0, 13, 18, 31]), context=packed,
@@ -3370,7 +3378,7 @@ def run_each(names):
     for name in names:
         try:
             came[name] = globals()[name]()
-        except Exception:
+        except BaseException:  # pytest's own failures are none of Exception
             came[name] = traceback.format_exc()
     print(json.dumps(came))
 

@@ -51,21 +51,22 @@ class Config:
     method: str = flag("lm", "what to train: lm, sft, vlorp, meco, cepe, ceped, prulong or duo")
     model: str | None = flag(None, "folder of a Llama; by default a tiny one (vocabulary of the data)")
     data: str | None = flag(None, "facts (embedded stream), topics (with a second skill, for prulong and duo), stdlib (Python's own sources), "
-                                  "a folder, text or jsonl file, or a mixture name=weight:PATH,... (default: facts, with --model stdlib); for "
-                                  "conversations a .jsonl or .json file, or problems (made-up word problems); for meco a .jsonl file, or "
-                                  "sites (site tables); cepe: also entities (entity stream)")
+                                  "a folder, text or jsonl file, or a mixture name=weight:PATH,...; for conversations a .jsonl or .json file, "
+                                  "or problems (made-up word problems); for meco a .jsonl file, or sites (site tables); cepe: also entities "
+                                  "(entity stream) (default: facts, for meco sites, for cepe entities; with --model stdlib)")
     out_dir: str | None = flag(None, "where results go (default: out/METHOD)")
     steps: int | None = flag(None, "optimizer steps (default: 100)", low=1)
     stages: str | None = flag(None, "lm: instead of --steps and --seq_len LENGTH:STEPS[:ROPE_BASE[:LR]],...: the context grows, a micro-batch keeps its "
                                     "tokens, the schedule starts anew, the optimizer goes on; with ; in --data each stage has its own")
-    seq_len: int | None = flag(None, "tokens per sequence (default: facts 128, for cepe 256, text 1024)", low=8)
-    batch: int | None = flag(None, "sequences per micro-batch (default: facts 8, for cepe 16, text 1)", low=1, high=10 ** 6)
+    seq_len: int | None = flag(None, "tokens per sequence (default: facts 128, for cepe 256; sites 64, entities 80, text 1024)", low=8)
+    batch: int | None = flag(None, "sequences per micro-batch (default: facts 8, for cepe 16; sites 16, entities 32, text 1)", low=1, high=10 ** 6)
     grad_accum: int = flag(1, "micro-batches per step; every target of a step weighs the same", low=1)
-    lr: float | None = flag(None, "peak learning rate of the weights (default: 1e-5, without --model 4e-3)", low=0)
+    lr: float | None = flag(None, "peak learning rate of the weights (default: 1e-5, for cepe 3e-4; without --model 4e-3, meco 3e-3, cepe 6e-3, "
+                               "with facts 5e-3)", low=0)
     min_lr: float | None = flag(None, "end of the cosine, as a share of the peak (default: 0.1, masks alone 0.01)", low=0, high=1)
-    warmup: float | None = flag(None, "share of the steps that warms up (default: 0.1)", low=0, high=1)
-    weight_decay: float | None = flag(None, "of the weights' matrices (default: 0.1)", low=0)
-    clip: float = flag(1.0, "largest gradient norm", low=0)
+    warmup: float | None = flag(None, "share of the steps that warms up (default: 0.1, meco 0.05, cepe 0.04)", low=0, high=1)
+    weight_decay: float | None = flag(None, "of the weights' matrices (default: 0.1, meco 0.033, cepe 0)", low=0)
+    clip: float = flag(1.0, "largest gradient norm; 0 clips nothing", low=0)
     seed: int = flag(0, "of data, gates and fresh weights", low=0, high=2 ** 31)
     save_every: int = flag(50, "steps between checkpoints; the last step is always saved", low=1)
     eval_seqs: int = flag(16, "held-out sequences of the final evaluation", low=1, high=10 ** 6)
@@ -134,12 +135,14 @@ METHODS = {"lm": (LM, None), "sft": (LM, None), "vlorp": (LM, vlorp.Config), "me
            "prulong": (prulong.PruLong, prulong.Config), "duo": (prulong.Duo, prulong.DuoConfig)}
 
 
-# --- data: batch(rng) -> Batch, passkeys(rng, needles, words) -> Batch, held_out() -> batches ---------------------------
+# --- data: batch(rng) -> Batch; where a method or report asks for it passkeys(rng, needles, words) -> Batch, documents(rng, context) ->
+# [(what comes before, main text)], held_out: [Batch] --------------------------------------------------------------------
+
+EMBEDDED = ("facts", "topics", "sites", "entities")  # made of token ids, for models as small
+
 
 class FactData:
     """The embedded stream: filler, facts and queries; topics and their cues if wanted (eval_tasks.py)."""
-
-    tokenizer = None
 
     def __init__(self, seq_len, n_seq, topics=False):
         self.seq_len, self.n_seq, self.topics = seq_len, n_seq, topics
@@ -317,8 +320,8 @@ def read_documents(path, ending=""):
     """Texts under a path: of each line of a .jsonl file its "text", any other file as a whole; folders in sorted order,
     of theirs only files with that ending.
 
-    Raises ValueError for a line that is not a JSON object with "text", naming it. What in a folder is not a file of UTF-8 text
-    is passed over, and that is said."""
+    Raises ValueError for a line that is not a JSON object with "text", naming it. Hidden folders are left out; what else in a folder
+    is not a file of UTF-8 text is passed over, and that is said."""
     if not os.path.isdir(path) and not os.path.isfile(path):
         raise ValueError(f"{path}: neither a file nor a folder")
     if path.endswith(".jsonl") and not os.path.isdir(path):
@@ -334,7 +337,8 @@ def read_documents(path, ending=""):
         return
     passed_over = 0
     for folder, folders, files in os.walk(path):
-        folders[:] = sorted(f for f in folders if f not in ("__pycache__", "site-packages", "test") and not f.startswith("."))
+        left_out = ("__pycache__", "site-packages", "test") if ending else ()  # of Python's own library
+        folders[:] = sorted(f for f in folders if f not in left_out and not f.startswith("."))
         for file in sorted(f for f in files if f.endswith(ending)):
             try:
                 if os.path.isfile(os.path.join(folder, file)):
@@ -400,8 +404,8 @@ TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", "tokenizer.model", "
                    "generation_config.json")
 
 
-class Diverged(RuntimeError):
-    """The loss or its gradient is not finite."""
+class Diverged(SystemExit):
+    """The loss or its gradient is not finite: ends a script with this message and exit 1."""
 
 
 class Log:
@@ -411,16 +415,16 @@ class Log:
         self.path = path
 
     def write(self, event, **values):
-        if processes()[0] == 0:
+        if processes().rank == 0:
             append_line(self.path, {"event": event, **values})
 
     def forget(self, step):
         """Drop the steps from `step` on, which come again after --resume, and a line that a crash cut short."""
-        if processes()[0] or not os.path.exists(self.path):
+        if processes().rank or not os.path.exists(self.path):
             return
         with open(self.path, "rb") as f:
-            whole = [line for line in f if line.endswith(b"\n")]
-        kept = [line for line in whole if json.loads(line).get("step", -1) < step and json.loads(line)["event"] != "end"]
+            complete = [line for line in f if line.endswith(b"\n")]
+        kept = [line for line in complete if json.loads(line).get("step", -1) < step and json.loads(line)["event"] != "end"]
         with replacing(self.path) as part, open(part, "wb") as f:
             f.writelines(kept)
 
@@ -434,7 +438,7 @@ def learned(model, method):
 def save_checkpoint(path, model, method, optimizer, about):
     """One safetensors file: learned tensors, optimizer state ("optimizer.INDEX.KEY"), and `about` as JSON in its header. The same
     whatever the number of processes: all gather, the first writes."""
-    state, first = optimizer.state_dict()["state"], processes()[0] == 0
+    state, first = optimizer.state_dict()["state"], processes().rank == 0
     parts = {name: p.detach() for name, p in learned(model, method).items()}
     parts |= {f"optimizer.{i}.{key}": torch.as_tensor(value) for i, values in state.items() for key, value in values.items()}
     tensors = {}
@@ -523,7 +527,7 @@ def as_part(tensor, like):
 
 def gathered(model):
     """The model as one process has it, every weight whole: what several train together cannot be called by one."""
-    if processes()[1] == 1:
+    if processes().size == 1:
         return model
     with torch.device("meta"):
         plain = cepe.CEPE(model.config, model.encoder_config, model.last_n) if isinstance(model, cepe.CEPE) else Llama(model.config)
@@ -550,7 +554,7 @@ def average_gradients(optimizer):
     for p in (p for group in optimizer.param_groups for p in group["params"]):
         if p.grad is not None and not is_part(p):
             distributed.all_reduce(p.grad)
-            p.grad /= processes()[1]
+            p.grad /= processes().size
 
 
 def gradient_norm(optimizer):
@@ -575,7 +579,7 @@ def clip_and_step(optimizer, clip) -> float:
     if isinstance(optimizer, vlorp.ProjFactor):  # its gradients are projections by now: it clips them itself
         optimizer.step()
         return optimizer.norm
-    if processes()[1] > 1:
+    if processes().size > 1:
         average_gradients(optimizer)
     norm = gradient_norm(optimizer)
     if torch.isfinite(norm):
@@ -618,7 +622,7 @@ def interrupts():
     caught = []
 
     def note(number, frame):
-        if caught and processes()[1] == 1:  # torchrun sends another one itself
+        if caught and processes().size == 1:  # torchrun sends another one itself
             raise KeyboardInterrupt
         caught.append(number)
     before = signal.signal(signal.SIGINT, note)
@@ -636,6 +640,11 @@ def stage_at(stages, step):
     return number, step
 
 
+def at_stage(config, stage):
+    """The LlamaConfig of a model that a stage trains: its RoPE base, and a context at least as long."""
+    return dataclasses.replace(config, rope_base=stage.rope_base or config.rope_base, max_seq_len=max(config.max_seq_len, stage.length))
+
+
 def fit(method, model, stages, config, out_dir, about, autocast):
     """Train `method` through its stages, from its checkpoint in out_dir if there is one. Returns its CPU seconds.
 
@@ -650,7 +659,7 @@ def fit(method, model, stages, config, out_dir, about, autocast):
         done, seconds = saved["step"], saved["cpu_seconds"]
     log.forget(done)
     if done:
-        model.config = dataclasses.replace(model.config, rope_base=stages[stage_at(stages, done - 1)[0]].rope_base or model.config.rope_base)
+        model.config = at_stage(model.config, stages[stage_at(stages, done - 1)[0]])
     start = time.process_time() - seconds
     steps, (rank, size) = sum(stage.steps for stage in stages), processes()
     bar = tqdm(range(done, steps), initial=done, total=steps, desc=about["method"], unit="step", disable=rank > 0 or None)
@@ -659,8 +668,7 @@ def fit(method, model, stages, config, out_dir, about, autocast):
             tick = time.perf_counter()
             number, local = stage_at(stages, step)  # local: the step inside its stage
             stage = stages[number]
-            if stage.rope_base:
-                model.config = dataclasses.replace(model.config, rope_base=stage.rope_base)
+            model.config = at_stage(model.config, stage)
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = (stage.lr or peak) * method.lr_scale(local, stage.steps, config.warmup, config.min_lr)
             rngs = [np.random.default_rng([config.seed, step, micro]) for micro in range(config.grad_accum)]
@@ -671,7 +679,7 @@ def fit(method, model, stages, config, out_dir, about, autocast):
             norm = clip_and_step(optimizer, config.clip) if math.isfinite(total) else math.nan
             if not math.isfinite(total) or not math.isfinite(norm):
                 last = f"the last good checkpoint is step {done} in {checkpoint}" if done else "there is no checkpoint yet"
-                raise Diverged(f"loss {total}, gradient norm {norm} at step {step}; {last}")
+                raise Diverged(f"train.py: loss {total}, gradient norm {norm} at step {step}; {last}")
             optimizer.zero_grad(set_to_none=True)
             log.write("step", step=step, loss=total, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], tokens=sum(len(b.tokens) for b in batches),
                       targets=sum(int((b.targets != -100).sum()) for b in batches), seconds=round(time.perf_counter() - tick, 4), **shown)
@@ -687,7 +695,7 @@ def fit(method, model, stages, config, out_dir, about, autocast):
                 bar.close()
                 print(f"stopped after step {step}; --resume goes on from there", file=sys.stderr if rank == 0 else sys.stdout)
                 raise KeyboardInterrupt
-    held = sum(x.nbytes for values in optimizer.state.values() for x in values.values() if torch.is_tensor(x))
+    held = vlorp.state_bytes(optimizer)
     peak = peak_memory()
     log.write("memory", optimizer_bytes=held, peak_resident_bytes=peak)
     print(f"{about['method']}: optimizer state {held / 1e6:.2f} MB, peak resident memory {peak / 1e6:.0f} MB")
@@ -696,7 +704,7 @@ def fit(method, model, stages, config, out_dir, about, autocast):
 
 def learn_from(share, method, model, step, stage, config, autocast):
     """Add up the gradients of this process's share of a step. Returns (loss, metrics), to be averaged over the processes as gradients are."""
-    total, shown, groups = 0.0, {}, processes()[1] // config.seq_parallel
+    total, shown, groups = 0.0, {}, processes().size // config.seq_parallel
     for batch, weight in share:
         batch = type(batch)(*(x if x is None else x.to(config.device) for x in batch))
         with autocast():
@@ -730,15 +738,16 @@ def score_masks(model, data, masks, sink, window, config, autocast):
 
 @torch.no_grad()
 def scores_of(model, data, ways, sink, window, config, autocast):
-    """({name: a score per way of attending}, tokens): far recall (outside sink and window) of each skill of the fact stream at 512 tokens,
-    higher is better, or held-out loss [nats / token]. ways: functions of cu_seqlens that give an `attend`."""
+    """({name: a score per way of attending}, tokens): far recall (outside sink and window; all there is for 0 and 1) of each skill of the
+    fact stream at 512 tokens, higher is better, or held-out loss [nats / token]. ways: functions of cu_seqlens that give an `attend`."""
     if isinstance(data, FactData):
+        label = "recall" if (sink, window) == (0, 1) else "far recall"
         skills, named = skill_stream(np.random.default_rng([config.seed, 2 ** 31]), config.eval_seqs, *CURRICULUM[-1][:3], data.topics), {}
         for skill, facts in skills.items():
             scores = [0.0] * len(ways)
             for i in tqdm(dealt(range(len(ways))), desc="recall", unit="mask", disable=None, leave=False):
                 scores[i] = recall(model, facts, ways[i](facts.batch.cu_seqlens), facts.far(window, sink))
-            named[f"far recall of {skill}" if data.topics else "far recall"] = summed(scores)
+            named[f"{label} of {skill}" if data.topics else label] = summed(scores)
         return named, CURRICULUM[-1][0]
     scores = [0.0] * len(ways)
     shares = target_shares(data.held_out)
@@ -776,7 +785,7 @@ def report_heads(results, model, data, settings, config, autocast):
           + "---|" * len(columns))
     for name, mask, score, seconds in rows:
         print(f"| {name} | {int(mask.sum())} | {' | '.join(format(x, '.3f') for x in score)} | {held[mask]:.3f} | {seconds:.1f} |")
-    if processes()[0] == 0:
+    if processes().rank == 0:
         curves = {name: list(enumerate(mask.sum(1).tolist())) for name, mask in masks.items()}
         title = f"KV heads that keep the full cache, {sparsity:.0%} of {full.numel()} do not"
         save_plot(os.path.join(config.out_dir, "heads.svg"), curves, title, "layer", "heads", y_most=full.shape[1])
@@ -789,12 +798,12 @@ def report_heads(results, model, data, settings, config, autocast):
 
 
 def score_weights(model, method, data, config, dtype, autocast):
-    """Held-out loss, or far recall, of a model that attends as its method says; where conversations have checkable ends, also the share
+    """Held-out loss, or recall, of a model that attends as its method says; where conversations have checkable ends, also the share
     of right ones, with the full cache."""
     columns, n = scores_of(model, data, [method.attend], 0, 1, config, autocast)
     (name, (score,)), = columns.items()
-    exams = getattr(data, "exams", [(None, None)])
-    checkable = all(answer is not None for _, answer in exams)
+    exams = getattr(data, "exams", [])
+    checkable = bool(exams) and all(answer is not None for _, answer in exams)
     return {"score": name, "tokens": n, name: score, "accuracy": answer_accuracy(model, data, config.device, dtype) if checkable else None}
 
 
@@ -830,6 +839,7 @@ def report_stages(log_path, name):
 
 
 def report_lm(before, model, method, data, config, seconds, dtype, autocast):
+    """Table and JSON of the score before and after."""
     after, score_name = score_weights(model, method, data, config, dtype, autocast), before["score"]
     shown = lambda row: f"{row[score_name]:.3f} | {'-' if row['accuracy'] is None else format(row['accuracy'], '.3f')}"
     print(f"\n| | {score_name} at {before['tokens']} tokens | right answers of {config.eval_seqs} | CPU seconds |\n|---|---|---|---|\n"
@@ -875,6 +885,42 @@ def report_conditions(before, after, first, seconds):
     return {"score": "loss, loss of the first tokens", "before": before, "after": after, "cpu_seconds": round(seconds, 2)}
 
 
+def save_learned(model, method, config):
+    """Leave in --out_dir a model, if one was trained, with its tokenizer's files, and heads if some were chosen."""
+    if model is not None:
+        (cepe.save_cepe if isinstance(model, cepe.CEPE) else save_model)(model, config.out_dir)
+        for name in TOKENIZER_FILES:
+            if config.model and os.path.exists(os.path.join(config.model, name)):
+                shutil.copy(os.path.join(config.model, name), config.out_dir)
+    if config.method in ("prulong", "duo"):
+        prulong.save_heads(os.path.join(config.out_dir, "heads.tsv"), method.mask())
+        prulong.save_heads(os.path.join(config.out_dir, "scores.tsv"), method.scores())
+
+
+def score_before(model, method, data, settings, config, dtype, autocast):
+    """What `report` compares with; None for learned heads and for CEPE, whose tables have the untouched model in them."""
+    if config.method in ("prulong", "duo", "cepe", "ceped"):
+        return None
+    if config.method == "meco":
+        return meco.conditioned_losses(model, data.exams, settings.first_tokens, autocast)
+    return score_weights(model, method, data, config, dtype, autocast)
+
+
+def report(results, before, model, data, settings, config, dtype, autocast):
+    """Print what came out, in the method's own way; returns it for the log. results: name -> (method, CPU seconds), config.method's first."""
+    method, seconds = results[config.method]
+    if config.method in ("prulong", "duo"):
+        return report_heads(results, model, data, settings, config, autocast)
+    if config.method in ("cepe", "ceped") and config.data == "facts":
+        return report_answers(model, data, config, settings, seconds)
+    if config.method in ("cepe", "ceped"):
+        return report_chunks(model, data, config, settings, seconds, autocast)
+    if config.method == "meco":
+        after = meco.conditioned_losses(model, data.exams, settings.first_tokens, autocast)
+        return report_conditions(before, after, settings.first_tokens, seconds)
+    return report_lm(before, model, method, data, config, seconds, dtype, autocast)
+
+
 # --- command line -------------------------------------------------------------------------------------------------------
 
 def check_out_dir(out_dir, config, settings):
@@ -882,7 +928,7 @@ def check_out_dir(out_dir, config, settings):
 
     Raises ValueError if it is not what the flags expect, or a folder that the run reads from."""
     heads = getattr(settings, "heads", None)
-    read = [config.model, heads and os.path.dirname(heads), *([] if config.data in ("facts", "topics", "sites", "entities", "stdlib", "problems") else
+    read = [config.model, heads and os.path.dirname(heads), *([] if config.data in (*EMBEDDED, "stdlib", "problems") else
             [part.rpartition(":")[2] for part in re.split("[,;]", config.data)])]
     own = os.path.realpath(out_dir)
     for path in read:
@@ -950,7 +996,7 @@ def choose_dtype(config, llama):
 def build_model(config, settings, dtype):
     """The model to start from."""
     if config.method in ("cepe", "ceped"):
-        return build_cepe(config, settings, dtype)
+        return build_cepe(config, settings)
     frozen = config.method == "duo" or getattr(settings, "train", "") == "masks"
     if config.model:
         return load_model(config.model, config.device, DTYPES[dtype] if frozen else torch.float32)
@@ -967,7 +1013,7 @@ def build_model(config, settings, dtype):
     return model.to(config.device)
 
 
-def build_cepe(config, settings, dtype):
+def build_cepe(config, settings):
     """A folder that holds a CEPE, or a Llama with a fresh encoder around it."""
     if config.model and isinstance(read_json(os.path.join(config.model, "config.json")).get("encoder_config"), dict):
         return cepe.load_cepe(config.model, config.device)
@@ -993,8 +1039,7 @@ def build_cepe(config, settings, dtype):
 def build_data(config, settings, vocab_size):
     """Data in sequences of config.seq_len tokens. Raises ValueError for tokens that a model of that vocabulary does not have."""
     shape = config.seq_len, config.batch, config.eval_seqs, config.seed
-    embedded = config.data in ("facts", "topics", "entities", "sites")
-    tokenizer = None if embedded else load_tokenizer(config.model) if config.model else byte_tokenizer()
+    tokenizer = None if config.data in EMBEDDED else load_tokenizer(config.model) if config.model else byte_tokenizer()
     if config.data in ("facts", "topics"):
         data = FactData(config.seq_len, config.batch, config.data == "topics")
     elif config.data == "entities":
@@ -1088,8 +1133,6 @@ def fill_defaults(config, settings):
     expands = config.method in ("cepe", "ceped")
     data = config.data or ("stdlib" if config.model else "sites" if config.method == "meco" else "entities" if expands else "facts")
     facts, sites, entities = data in ("facts", "topics"), data == "sites", data == "entities"
-    if data == "topics" and config.method not in ("prulong", "duo"):
-        raise ValueError("--data topics is for --method prulong and duo")
     masks_only = config.method == "duo" or getattr(settings, "train", "") == "masks"
     unused = ("lr", "weight_decay", *(("warmup", "min_lr") if config.method == "duo" else ())) if masks_only else ()
     for name in unused:
@@ -1106,6 +1149,16 @@ def fill_defaults(config, settings):
     if config.checkpointing is None:
         longest = max(s.length for s in stages) if config.stages else 0
         config = dataclasses.replace(config, checkpointing=max(config.seq_len * config.batch, longest) >= 8192)
+    check_data(config, settings)
+    return config
+
+
+def check_data(config, settings):
+    """Raises ValueError for --data or --model that the method does not take."""
+    facts, sites, entities = config.data in ("facts", "topics"), config.data == "sites", config.data == "entities"
+    expands = config.method in ("cepe", "ceped")
+    if config.data == "topics" and config.method not in ("prulong", "duo"):
+        raise ValueError("--data topics is for --method prulong and duo")
     chats = config.data == "problems" or config.data.endswith((".json", ".jsonl"))
     if (config.method == "sft" or getattr(settings, "chat", False)) and not (config.model and chats):
         raise ValueError("conversations want --model DIR and --data FILE.jsonl, FILE.json or problems")
@@ -1115,7 +1168,6 @@ def fill_defaults(config, settings):
         raise ValueError("--method cepe and ceped want --model DIR and text, or no --model and --data entities, which no other method takes, or facts")
     if config.method in ("prulong", "duo") and not facts and not config.model:
         raise ValueError(f"--method {config.method} on text needs a trained model: --model DIR")
-    return config
 
 
 def read_flags(argv, methods):
@@ -1124,7 +1176,7 @@ def read_flags(argv, methods):
     named = [b for a, b in zip(argv, argv[1:]) if a == "--method"] + [a[9:] for a in argv if a.startswith("--method=")]
     build_method, method_config = methods.get(named[-1] if named else "lm", methods["lm"])
     parsed = parse([Config, method_config] if method_config else [Config], argv, __doc__.split("\n")[0] +
-                   " More flags come with --method prulong, duo and vlorp.")
+                   " More flags come with each --method but lm and sft.")
     settings = parsed[1] if method_config else None
     if parsed[0].method not in methods:
         raise ValueError(f"--method: {parsed[0].method!r} is none of {', '.join(methods)}")
@@ -1142,8 +1194,8 @@ def main(argv=None, methods=METHODS):
     config, settings, build_method = read_flags(sys.argv[1:] if argv is None else argv, methods)
     join_processes(config.device)
     check_device(config.device)
-    if processes()[1] % config.seq_parallel:
-        raise ValueError(f"--seq_parallel {config.seq_parallel} does not divide the number of processes, {processes()[1]}")
+    if processes().size % config.seq_parallel:
+        raise ValueError(f"--seq_parallel {config.seq_parallel} does not divide the number of processes, {processes().size}")
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as torch.use_deterministic_algorithms wants it
         torch.use_deterministic_algorithms(True)
@@ -1152,14 +1204,14 @@ def main(argv=None, methods=METHODS):
         raise ValueError(f"--seq_parallel {config.seq_parallel} does not divide the model's {llama.n_kv_head} KV heads")
     about = check_out_dir(config.out_dir, config, settings)
     dtype, reason = (about["dtype"], "as before") if about else choose_dtype(config, llama)
-    if not summed([dtype == "float32"])[0] in (0, processes()[1]):  # measured to differ; from here on all have looked at --out_dir
+    if not summed([dtype == "float32"])[0] in (0, processes().size):  # measured to differ; from here on all have looked at --out_dir
         dtype, reason = "float32", "not every process gains from less"
     model = first_alone(lambda: build_model(config, settings, dtype))
     stages = build_stages(config, settings, model.config.vocab_size)
     data = stages[-1].data
     model.checkpointing = config.checkpointing
     kind = torch.device(config.device).type
-    whole_model = not config.checkpointing and processes()[1] == 1  # else casts of all layers' weights would be held at once
+    whole_model = not config.checkpointing and processes().size == 1  # else casts of all layers' weights would be held at once
     autocast = lambda: torch.autocast(kind, DTYPES[dtype], enabled=dtype != "float32", cache_enabled=whole_model)
     print(f"{config.method}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {config.steps} steps of "
           f"{config.grad_accum * config.batch} x {config.seq_len} tokens{f' and on, {config.stages},' if config.stages else ''} of {config.data}; "
@@ -1169,19 +1221,12 @@ def main(argv=None, methods=METHODS):
     for stage in stages:
         method.batch(stage.data, np.random.default_rng(config.seed), 0, config.steps)  # what cannot be is found out before anything is written
     os.makedirs(config.out_dir, exist_ok=True)
-    log, first = Log(os.path.join(config.out_dir, "log.jsonl")), processes()[0] == 0
+    log, first = Log(os.path.join(config.out_dir, "log.jsonl")), processes().rank == 0
     if first and not config.resume:
         empty(config.out_dir)
         log.write("config", **about, reason=reason, torch=torch.__version__, threads=torch.get_num_threads())
 
-    learns_heads = config.method in ("prulong", "duo")
-    reads = config.method in ("cepe", "ceped")
-    if reads:
-        before = None  # the frozen decoder: 0 chunks in the table
-    elif config.method == "meco":
-        before = meco.conditioned_losses(model, data.exams, settings.first_tokens, autocast)
-    elif not learns_heads:
-        before = score_weights(model, method, data, config, dtype, autocast)
+    before = score_before(model, method, data, settings, config, dtype, autocast)
     spread(model, method, config)
     wait_for_all()  # until the first has emptied --out_dir
     results = {config.method: (method, fit(method, model, stages, config, config.out_dir, about, autocast))}
@@ -1193,26 +1238,9 @@ def main(argv=None, methods=METHODS):
         about |= {"method": "duo", "settings": run_settings(config, duo_settings)}
         results["duo"] = duo, fit(duo, model, stages, config, out_dir, about, autocast)
     model = gathered(model)
-    if trained_weights and first:
-        (cepe.save_cepe if reads else save_model)(model, config.out_dir)
-        for name in TOKENIZER_FILES:
-            if config.model and os.path.exists(os.path.join(config.model, name)):
-                shutil.copy(os.path.join(config.model, name), config.out_dir)
-    seconds = results[config.method][1]
-    if reads and config.data == "facts":
-        outcome = report_answers(model, data, config, settings, seconds)
-    elif reads:
-        outcome = report_chunks(model, data, config, settings, seconds, autocast)
-    elif config.method == "meco":
-        after = meco.conditioned_losses(model, data.exams, settings.first_tokens, autocast)
-        outcome = report_conditions(before, after, settings.first_tokens, seconds)
-    elif not learns_heads:
-        outcome = report_lm(before, model, method, data, config, seconds, dtype, autocast)
-    else:
-        if first:
-            prulong.save_heads(os.path.join(config.out_dir, "heads.tsv"), method.mask())
-            prulong.save_heads(os.path.join(config.out_dir, "scores.tsv"), method.scores())
-        outcome = report_heads(results, model, data, settings, config, autocast)
+    if first:
+        save_learned(model if trained_weights else None, method, config)
+    outcome = report(results, before, model, data, settings, config, dtype, autocast)
     if config.stages:
         outcome["stages"] = report_stages(log.path, outcome["score"])
     outcome = {"method": config.method, "seed": config.seed, "steps": config.steps, "dtype": dtype, **outcome}
@@ -1222,7 +1250,4 @@ def main(argv=None, methods=METHODS):
 
 
 if __name__ == "__main__":
-    try:
-        run(main)
-    except Diverged as e:
-        sys.exit(f"train.py: {e}")
+    run(main)

@@ -52,7 +52,8 @@ class ProjFactor(torch.optim.Optimizer):
     backward until step() adds one micro-batch.
     State: tensors and ints only, so a checkpoint loads with weights_only=True; per matrix 4 (n M + n + m) bytes.
     Raises ValueError naming the parameter whose shape does not fit.
-    Source: arXiv:2505.01744 and its released code (eps outside the root, against the second moment as it is)."""
+    Source: arXiv:2505.01744 and its released code (eps outside the root, against the second moment as it is); weight decay comes before
+    the update, released after it."""
 
     def __init__(self, params, lr=1e-4, rank=1, granularity=64, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, proj_every=200, seed=0,
                  basis="normal", scheme="projfactor", at_refresh="keep", max_norm=None):
@@ -84,11 +85,11 @@ class ProjFactor(torch.optim.Optimizer):
         if group["basis"] == "svd" and "sum" not in state and state.get("step", 0) % group["proj_every"] == 0:
             units = as_units(p.grad, group)
             state["basis"] = leading_directions(units if is_tall(p) else units.T, group["rank"])
-        small = project(p.grad, self.basis(p, group, state.get("step", 0)), group)
+        small = project(p.grad, self.projection(p, group, state.get("step", 0)), group)
         state["sum"] = state["sum"].add_(small) if "sum" in state else small
         p.grad = None
 
-    def basis(self, p, group, step):
+    def projection(self, p, group, step):
         """P (m / c, r) of the window that holds this step: the same on every machine and device, or the stored one."""
         if group["basis"] == "svd":
             return self.state[p]["basis"]
@@ -108,12 +109,12 @@ class ProjFactor(torch.optim.Optimizer):
         for p, group in self.groups():
             if projected(p, group) and p.grad is not None:  # a gradient that no backward pass brought
                 self.take(p)
-        gradients = {p: self.state[p].pop("sum") if projected(p, group) else p.grad for p, group in self.groups()
-                     if ("sum" in self.state[p] if projected(p, group) else p.grad is not None)}
-        if processes()[1] > 1:
+        gradients = {p: self.state[p].pop("sum", None) if projected(p, group) else p.grad for p, group in self.groups()}
+        gradients = {p: g for p, g in gradients.items() if g is not None}
+        if processes().size > 1:
             for g in gradients.values():
                 distributed.all_reduce(g)
-                g /= processes()[1]
+                g /= processes().size
         self.norm = torch.stack([g.float().norm() for g in gradients.values()]).norm().item() if gradients else 0.0
         if not math.isfinite(self.norm):
             self.skipped += 1
@@ -130,7 +131,7 @@ class ProjFactor(torch.optim.Optimizer):
     def projected_update(self, p, group, small):
         """Update a matrix and its state by the projection `small` of its gradient."""
         state, (b1, b2), eps = self.state[p], group["betas"], group["eps"]
-        basis = self.basis(p, group, state.get("step", 0))
+        basis = self.projection(p, group, state.get("step", 0))
         refreshed = state.get("step", 0) and state["step"] % group["proj_every"] == 0
         state["step"] = state.get("step", 0) + 1
         correction = math.sqrt(1 - b2 ** state["step"]) / (1 - b1 ** state["step"])
@@ -188,9 +189,10 @@ class ProjFactor(torch.optim.Optimizer):
             return {"m": rows, "v": rows} | basis
         return {"m": rows, "row": full[:1], "column": full[1:]} | basis
 
-    def state_bytes(self) -> int:
-        """Bytes of all state tensors."""
-        return sum(x.nbytes for state in self.state.values() for x in state.values() if torch.is_tensor(x))
+
+def state_bytes(optimizer) -> int:
+    """Bytes of all tensors of an optimizer's state, but for its count of steps."""
+    return sum(x.nbytes for state in optimizer.state.values() for name, x in state.items() if torch.is_tensor(x) and name != "step")
 
 
 def projected(p, group) -> bool:
@@ -273,7 +275,7 @@ def leading_directions(rows, r):
     """The r leading right singular vectors of rows (N, k), summed over processes: (k, r), the same on all. From the smaller Gram matrix:
     a full SVD takes several times as long."""
     rows = rows.nan_to_num(0.0, 0.0, 0.0)  # such a step is skipped later, but must get there
-    several = processes()[1] > 1
+    several = processes().size > 1
     if several:
         distributed.all_reduce(rows)
     if rows.shape[0] >= rows.shape[1]:
@@ -304,10 +306,10 @@ def square_sums(small, basis, p):
     if is_tall(p):  # units (n, c): unit (i, a) is piece a of row i
         units = small.view(n, -1, r).transpose(0, 1)  # (c, n, r)
         grams = gram(units)  # (c, r, r)
-        return per_unit.view(n, -1).sum(1), torch.einsum("kr,crs,ks->ck", basis, grams, basis).flatten()
+        return per_unit.view(n, -1).sum(1), torch.einsum("kr,crs,ks->ck", basis, grams, basis).flatten()  # (n,), (m,)
     units = small.view(r, -1, n).permute(1, 2, 0)  # unit (a, j): the rows a, a + c, a + 2 c ... of column j; (c, n, r)
     grams = gram(units)  # (c, r, r)
-    return torch.einsum("kr,crs,ks->kc", basis, grams, basis).flatten(), per_unit.view(-1, n).sum(0)
+    return torch.einsum("kr,crs,ks->kc", basis, grams, basis).flatten(), per_unit.view(-1, n).sum(0)  # (m,), (n,)
 
 
 def param_groups(model):
@@ -359,8 +361,7 @@ def measure_memory(folder, settings, n_tokens):
         gradients += sum(state["sum"].nbytes for state in optimizer.state.values() if "sum" in state)
         optimizer.step()
         optimizer.zero_grad()
-    state = sum(x.nbytes for values in optimizer.state.values() for x in values.values() if torch.is_tensor(x))
-    return state, gradients, peak_memory()
+    return state_bytes(optimizer), gradients, peak_memory()
 
 
 def memory_table(folder, n_tokens):
@@ -423,9 +424,8 @@ def main():
             optimizer = ProjFactor(matrices, lr=config.lr, rank=r, granularity=c, proj_every=30, scheme=scheme, basis=basis, seed=config.seed)
         begun = time.perf_counter()
         loss = run_steps(model, optimizer, data, config.steps, torch.Generator().manual_seed(config.seed + 1))
-        state = sum(x.nbytes for s in optimizer.state.values() for k, x in s.items() if torch.is_tensor(x) and k != "step")
         held = sum(p.nbytes for p in matrices) if c is None else sum(4 * max(p.shape) * int(c * r) for p in matrices)
-        print(f"| {name} | {c or '-'} | {r or '-'} | {loss:.3f} | {state:,} | {held:,} | {time.perf_counter() - begun:.1f} |")
+        print(f"| {name} | {c or '-'} | {r or '-'} | {loss:.3f} | {state_bytes(optimizer):,} | {held:,} | {time.perf_counter() - begun:.1f} |")
 
 
 if __name__ == "__main__":
