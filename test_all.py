@@ -542,6 +542,18 @@ def test_loaded_weights_that_lie_together_change_nothing(tmp_path):
         close(model(tokens), with_gradient, 1e-5)
 
 
+def test_rows_a_block_at_a_time_change_nothing(monkeypatch):
+    model, tokens = small(), torch.arange(30) % 20
+    weights = [*model.parameters()]
+    want, want_grads = model(tokens).detach(), torch.autograd.grad(model.loss(tokens[:-1], tokens[1:]), weights)
+    monkeypatch.setattr(model_file.RMSNorm, "ROWS", 7)
+    monkeypatch.setattr(model_file.MLP, "ROWS", 8)
+    with torch.no_grad():
+        close(model(tokens), want, 1e-12)
+    for got, right in zip(torch.autograd.grad(model.loss(tokens[:-1], tokens[1:]), weights), want_grads):
+        close(got, right, 1e-12)
+
+
 def test_packed_documents_equal_separate_ones():
     """Without resetting RoPE positions, in full and in streaming mode (a sink per document); no label across documents."""
     model, rng = small(), torch.Generator().manual_seed(0)
