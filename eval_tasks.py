@@ -560,7 +560,7 @@ def to_ids(tokenizer, user, prefix, chat):
     """Prompt ids: one user turn, or the text and the answer prefix on a line of its own."""
     if chat:
         return tokenizer.encode(tokenizer.chat([{"role": "user", "content": user}]))
-    return [tokenizer.bos_id] * tokenizer.add_bos + tokenizer.encode(user + ("\n" + prefix if prefix else ""))
+    return tokenizer.document(user + ("\n" + prefix if prefix else ""))
 
 
 def to_example(task, draft, tokenizer, chat, max_new_tokens, length=None) -> Example:
@@ -1614,7 +1614,7 @@ def embed(model, tokenizer, texts, longest=512):
     """Mean of a Llama's last states over each text's first `longest` tokens, normalised: (len(texts), n_embd) float32."""
     out = []
     for text in tqdm(texts, desc="embedding", unit="text", disable=None, leave=False):
-        ids = ([tokenizer.bos_id] * tokenizer.add_bos + tokenizer.encode(text))[:longest] or [0]
+        ids = tokenizer.document(text)[:longest] or [0]
         out.append(torch.nn.functional.normalize(model.hidden(torch.tensor(ids, device=model.head.device)).float().mean(0), dim=0))
     return torch.stack(out).cpu().numpy()
 

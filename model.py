@@ -970,6 +970,10 @@ class Tokenizer:
         ids = self.ids
         return [ids[r] for r in self.encoding.encode(text, allowed_special="all") if ids[r] >= 0]
 
+    def document(self, text: str) -> list[int]:
+        """Token ids of text that begins a document: after BOS, where this model's documents have one."""
+        return [self.bos_id] * self.add_bos + self.encode(text)
+
     def decode(self, ids) -> str:
         """The text of token ids; broken UTF-8 and ids without a token (models pad their vocabulary) become U+FFFD."""
         return b"".join(self.bytes.get(int(i), b"\xff") for i in ids).decode("utf-8", errors="replace")
@@ -1276,7 +1280,7 @@ def main():
     if chat:
         tokens = tokenizer.encode(tokenizer.chat([{"role": "user", "content": config.prompt}]))
     else:
-        tokens = [tokenizer.bos_id] * tokenizer.add_bos + tokenizer.encode(config.prompt)
+        tokens = tokenizer.document(config.prompt)
     rng = torch.Generator(config.device).manual_seed(config.seed)
     cache, new, shown, times = KVCache(model), [], "", [time.perf_counter()]
     steps = stream(model, tokens, cache, config.chunk, config.temperature, config.top_p, rng)

@@ -140,7 +140,7 @@ def own_heads(model, per_head):
     return per_head if model.sequence is None else model.sequence.heads(per_head)
 
 
-def split(mask, cu_seqlens, sink, window):
+def by_mask(mask, cu_seqlens, sink, window):
     """`attend` of a learned mask (n_layer, n_kv_head), True = full: each head runs once, in its own mode."""
     windows, cu_seqlens = torch.where(mask.cpu(), 0, window), torch.as_tensor(cu_seqlens).tolist()
     return lambda layer, q, k, v: attention(q, k, v, cu_seqlens, cu_seqlens, window=windows[layer], sink=sink)
@@ -195,7 +195,7 @@ class PruLong(nn.Module):
         """LM loss + the Lagrangian's penalty."""
         c, log_alpha = self.config, self.gates.log_alpha
         if c.train == "weights":
-            attend = split(own_heads(model, log_alpha) > 0, batch.cu_seqlens, c.sink, c.window)
+            attend = by_mask(own_heads(model, log_alpha) > 0, batch.cu_seqlens, c.sink, c.window)
             return model.loss(batch.tokens, batch.targets, attend), {}
         z = draw_gates(log_alpha, batch.u)  # float32 and outside any checkpointed layer: recomputation must see the same gates
         lm = model.loss(batch.tokens, batch.targets, gated(own_heads(model, z), batch.cu_seqlens, c.sink, c.window))

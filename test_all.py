@@ -562,7 +562,7 @@ def test_packed_documents_equal_separate_ones():
     assert [int(t) for t in batch.targets[batch.cu_seqlens[1:].long() - 1]] == [-100] * 3
     heads = torch.rand(3, 2, generator=rng) < 0.5
     with torch.no_grad():
-        for attend in (model_file.causal, lambda cu: prulong.split(heads, cu, 3, 5)):
+        for attend in (model_file.causal, lambda cu: prulong.by_mask(heads, cu, 3, 5)):
             packed = model(batch.tokens, attend(batch.cu_seqlens))
             close(packed, torch.cat([model(d, attend([0, len(d)])) for d in docs]), 1e-6)
         close(model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens),
@@ -869,12 +869,12 @@ def test_gates_at_their_ends():
             close(run(prulong.gated(torch.ones(shape), cu, 2, 5)), plain, 1e-12)
             close(run(prulong.gated(torch.rand(shape, generator=rng), cu, 2, 26)), plain, 1e-12)
             mask = torch.rand(shape, generator=rng) < 0.5
-            close(run(prulong.gated(mask.double(), cu, 2, 5)), run(prulong.split(mask, cu, 2, 5)), 1e-12)
-            close(run(prulong.gated(torch.zeros(shape), cu, 2, 5)), run(prulong.split(torch.zeros(shape) > 0, cu, 2, 5)), 1e-12)
+            close(run(prulong.gated(mask.double(), cu, 2, 5)), run(prulong.by_mask(mask, cu, 2, 5)), 1e-12)
+            close(run(prulong.gated(torch.zeros(shape), cu, 2, 5)), run(prulong.by_mask(torch.zeros(shape) > 0, cu, 2, 5)), 1e-12)
             each = torch.stack((mask, ~mask)).double()
             got = run(prulong.gated(each, cu, 2, 5))
-            close(got[:26], run(prulong.split(mask, cu, 2, 5))[:26], 1e-12)
-            close(got[26:], run(prulong.split(~mask, cu, 2, 5))[26:], 1e-12)
+            close(got[:26], run(prulong.by_mask(mask, cu, 2, 5))[:26], 1e-12)
+            close(got[26:], run(prulong.by_mask(~mask, cu, 2, 5))[26:], 1e-12)
 
 
 def test_a_gate_moves_exactly_its_query_heads():
@@ -903,7 +903,7 @@ def test_streaming_is_what_a_trimmed_cache_sees():
     cache = Trimmed(model)
     with torch.no_grad():
         steps = [model(t[None], cache.attend, cache.next_positions(1)) for t in tokens]
-        close(torch.cat(steps), model(tokens, prulong.split(mask, [0, 40], sink, window)), 1e-12)
+        close(torch.cat(steps), model(tokens, prulong.by_mask(mask, [0, 40], sink, window)), 1e-12)
     assert [len(cache.positions(i, h)) for i in range(3) for h in range(2)] == [40, 8, 8, 8, 8, 40]
     assert abs(train.streaming_footprint(mask, 40, sink, window) - float(cache.footprint())) < 1e-12
 
@@ -991,7 +991,7 @@ def test_weights_learn_under_frozen_masks(tmp_path):
     method = prulong.PruLong(model, prulong.Config(train="weights", heads=str(tmp_path / "heads.tsv"), sink=1, window=4), 0)
     batch = train.collate([torch.arange(20)])
     loss, _ = method.loss(model, batch, 0, 1)
-    close(loss, model.loss(batch.tokens, batch.targets, prulong.split(torch.eye(3, 2) > 0, batch.cu_seqlens, 1, 4)), 1e-12)
+    close(loss, model.loss(batch.tokens, batch.targets, prulong.by_mask(torch.eye(3, 2) > 0, batch.cu_seqlens, 1, 4)), 1e-12)
     loss.backward()
     assert method.gates.log_alpha.grad is None and not method.param_groups() and model.model.norm.weight.grad is not None
     with pytest.raises(ValueError, match="--heads"):
@@ -1870,7 +1870,7 @@ def test_streaming_and_heads_hold_exactly_sink_and_window():
     with torch.no_grad():
         for t in tokens:
             logits.append(model(t[None], cache.attend, cache.next_positions(1)))
-        close(torch.cat(logits), model(tokens, prulong.split(mask, [0, 40], 3, 6)), 1e-12)  # chunk 1 is the strict window
+        close(torch.cat(logits), model(tokens, prulong.by_mask(mask, [0, 40], 3, 6)), 1e-12)  # chunk 1 is the strict window
     assert held(cache) == torch.where(mask, 40, 8).tolist()
     assert cache.positions(0, 1).tolist() == [0, 1, 2, *range(35, 40)]
     cache = evict.make_cache(model, "streaming", sink=2, budget=9, chunk=16)

@@ -387,8 +387,7 @@ def load_text(spec, tokenizer, seq_len, n_seq, n_held_out, seed):
         folder, ending = (sysconfig.get_paths()["stdlib"], ".py") if path == "stdlib" else (path, "")
         if not os.path.exists(folder):
             raise FileNotFoundError(f"--data: no file or folder {folder}")
-        bos = [tokenizer.bos_id] * tokenizer.add_bos
-        docs = [np.array(bos + tokenizer.encode(text), dtype=np.int32)
+        docs = [np.array(tokenizer.document(text), dtype=np.int32)
                 for text in tqdm(read_documents(folder, ending), desc=f"tokens of {name}", unit=" documents", disable=None) if text]
         if not docs:
             raise ValueError(f"--data: no text in {folder}")
@@ -732,7 +731,7 @@ def streaming_footprint(mask, n, sink, window) -> float:
 
 def score_masks(model, data, masks, sink, window, config, autocast):
     """`scores_of` hard masks (n_layer, n_kv_head) with their sink and window."""
-    ways = [lambda cu_seqlens, mask=mask: prulong.split(mask, cu_seqlens, sink, window) for mask in masks]
+    ways = [lambda cu_seqlens, mask=mask: prulong.by_mask(mask, cu_seqlens, sink, window) for mask in masks]
     return scores_of(model, data, ways, sink, window, config, autocast)
 
 
