@@ -24,6 +24,7 @@ import math
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import time
 import warnings
@@ -1035,7 +1036,8 @@ def gpu_tables():
     """On a GPU: errors against PyTorch in float64 (column sums: float32), then speed beside SDPA and the card's own ceilings."""
     device = torch.device("cuda")
     draw = lambda n, h, d, dtype=torch.bfloat16: torch.randn(n, h, d, device=device, dtype=dtype, requires_grad=True)
-    print(f"{torch.cuda.get_device_name()}; largest error against PyTorch in float64 (column sums: float32)\n\n| case | dtype | out | dQ | dK | dV |\n" + "|---" * 6 + "|")
+    print(f"{torch.cuda.get_device_name()}; largest error against PyTorch in float64 (column sums: float32)\n\n"
+          "| case | dtype | out | dQ | dK | dV |\n" + "|---" * 6 + "|")
     cases = {"causal": ([0, 700], [0, 700], {}), "packed": ([0, 1, 300, 777], [0, 1, 300, 777], {}),
              "streaming": ([0, 900], [0, 900], dict(window=torch.tensor([200, 0]), sink=20)),
              "chunked prefill": ([0, 128], [0, 800], dict(window=300, sink=70)), "cross": ([0, 100], [0, 333], dict(causal=False))}
@@ -1052,7 +1054,8 @@ def gpu_tables():
         sums = [column_sums(q.unflatten(1, (2, 4)), pos[0, -40:], k, pos, 40, impl=impl) for impl in ("triton", "torch")]
         one = decode(q[0], k, v, "triton"), decode(q[0].double(), k.double(), v.double(), "torch")
         errors = [(a.double() - b.double()).abs().max().item() for a, b in (one, sums)]
-        print(f"| decode, D {d} | {str(dtype)[6:]} | {errors[0]:.1e} | | | |\n| column sums, D {d} | {str(dtype)[6:]} | {errors[1]:.1e} | | | |")
+        for name, error in zip(("decode", "column sums"), errors):
+            print(f"| {name}, D {d} | {str(dtype)[6:]} | {error:.1e} | | | |")
 
     ms = lambda f: triton.testing.do_bench(f)
     a, big = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16), torch.empty(2 ** 30, device=device, dtype=torch.uint8)
@@ -1094,7 +1097,10 @@ def cpu_table():
 
 
 def main():
-    argparse.ArgumentParser(description="What the kernels do here: speed and errors on a GPU, else the compiler's figures.").parse_args()
+    parser = argparse.ArgumentParser(description="What the kernels do here: speed and errors on a GPU, else the compiler's figures.")
+    if unknown := parser.parse_known_args()[1]:
+        print(f"attention_triton.py: unknown argument {unknown[0]}", file=sys.stderr)
+        sys.exit(2)
     if triton is not None and torch.cuda.is_available():
         gpu_tables()
         return

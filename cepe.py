@@ -231,7 +231,7 @@ def load_cepe(path, device="cpu", dtype=torch.float32) -> CEPE:
     except ValueError as e:
         raise ValueError(f"{path}/config.json: {e}") from None
     files = weight_files(path)
-    if rows := max(map(embedding_rows, files)):  # released encoders have one row more, of [MASK]: the file says how many
+    if rows := max(map(embedding_rows, files), default=0):  # released encoders have one row more, of [MASK]: the file says how many
         encoder_config = replace(encoder_config, vocab_size=rows)
     with torch.device("meta"):
         model = CEPE(config, encoder_config, last_n)

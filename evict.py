@@ -269,7 +269,8 @@ class EvictingCache(KVCache):
         if self.decoding and s.decode_budget is not None:
             return s.decode_budget
         if s.keep is not None:
-            cap = math.floor(s.keep * (n if s.policy in CHUNK_RULES else so_far) + 1e-9)  # 1e-9: 0.29 * 100 is 29 although floats say 28.999...
+            # 1e-9: 0.29 * 100 is 29 although floats say 28.999...
+            cap = math.floor(s.keep * (n if s.policy in CHUNK_RULES else so_far) + 1e-9)
         else:
             cap = s.budget
         if s.policy != "pyramidkv" or self.decoding:

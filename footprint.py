@@ -204,10 +204,9 @@ def tokens_of(share, length) -> int:
     return max(1, round(share * length))
 
 
-def points(config, length, masks):
+def points(config, length, shares, masks):
     """Every point of the sweep: (curve, knob, policy, settings for make_cache, mask)."""
     yield "full", 1.0, "full", {}, None
-    shares = numbers(config.shares, float, "shares", 0, 1)
     for curve in config.curves.split(","):
         policy, settings = CURVES[curve]
         if policy == "heads":
@@ -293,7 +292,7 @@ def main():
         print(f"left out: streaming with a share of {', '.join(short)} (no more than its --sink of {config.sink})")
     about = {"model": config.model or "tiny", "n": config.n, "seed": config.seed, "chunk": config.chunk, "dtype": config.dtype}
     done = read_results(path)
-    results, jobs = [], [(task, length, *point) for task in tasks for length in lengths for point in points(config, length, masks)]
+    results, jobs = [], [(task, length, *point) for task in tasks for length in lengths for point in points(config, length, shares, masks)]
     examples = {(task, length): build(task, config.n, length, config.seed, tokenizer) for task in tasks for length in lengths}
     for task, length, curve, knob, policy, settings, mask in tqdm(jobs, desc="points", unit="point", disable=None):
         key = json.dumps(about | {"task": task, "length": length, "curve": curve, "knob": knob, "settings": settings,

@@ -405,7 +405,7 @@ def divide(batch, n) -> list:
 
 def collate(docs, targets=None) -> Batch:
     """Documents, each token ids (n,), packed end to end. targets: one (n,) for each, -100 for none; by default the next token, and
-    none for a document's last: nothing is predicted across documents. Raises RuntimeError for no documents."""
+    none for a document's last: nothing is predicted across documents."""
     docs = [torch.as_tensor(doc).long() for doc in docs]
     if targets is None:
         targets = [torch.cat((doc[1:], doc.new_full((1,), -100))) for doc in docs]

@@ -327,8 +327,8 @@ def load_heads(path, sparsity=None):
     """bool (n_layer, n_kv_head) from PruLong's masks.tsv or DuoAttention's full_attention_heads.tsv, True = full cache.
 
     Without a sparsity a head is full where its value is above 0.5. With one, the heads are ranked by value, clipped to [0, 1];
-    exact ties go to the earlier head (the official loaders break them by unseeded noise). Raises ValueError naming the line that is not a row of numbers, or a sparsity that a file of
-    zeros and ones cannot give."""
+    exact ties go to the earlier head (the official loaders break them by unseeded noise). Raises ValueError naming the line that is
+    not a row of numbers, or a sparsity that a file of zeros and ones cannot give."""
     rows = []
     with open(path, encoding="utf-8") as f:
         for number, line in enumerate(f, 1):

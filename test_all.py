@@ -29,6 +29,7 @@ import time
 import traceback
 import xml.etree.ElementTree
 from fractions import Fraction
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -292,6 +293,9 @@ def interpreted_decoding(device="cpu"):
         got = attention(q, k, v, bounds([1] * len(lengths)), cu_k, return_lse=True, impl="triton")
         for a, b in zip(got, slow_attention(q, k, v, bounds([1] * len(lengths)), cu_k)):
             close(a, b, 1e-5)
+    many = torch.zeros(2 ** 16, 2, 16, device=device)
+    with pytest.raises(ValueError, match="65536 sequences"):
+        attention(many, many, many, [*range(2 ** 16 + 1)], [*range(2 ** 16 + 1)], impl="triton")
     none = [torch.zeros(0, 2, 16, device=device)] * 3
     assert attention(*none, [0], [0], impl="triton").shape == (0, 2, 16)
     assert all(attention_triton.as_kernels_want(x) is x for x in (k, k.transpose(0, 1), k.new_ones(3, 1, 64), k.new_ones(3, 1, 128)))  # no copy
@@ -319,7 +323,11 @@ def interpreted_work():
     def counting(self, a, b, *rest):
         done[0] += 2 * a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
         return dot(self, a, b, *rest)
-    InterpreterBuilder.create_dot = counting
+    with mock.patch.object(InterpreterBuilder, "create_dot", counting):
+        count_products(done)
+
+
+def count_products(done):
     rng, costs = torch.Generator().manual_seed(7), []
     for nq, nk, window, sink in ((128, 128, 0, 0), (256, 256, 0, 0), (128, 128, 32, 8), (256, 256, 32, 8), (384, 384, 32, 8), (50, 90, 20, 3)):
         q, k, v = (torch.randn(n, h, 16, generator=rng).requires_grad_() for n, h in ((nq, 2), (nk, 1), (nk, 1)))
@@ -333,7 +341,6 @@ def interpreted_work():
         assert forward == 2 * 2 * 2 * 16 * blocks(32, 16)
         assert done[0] == 2 * 2 * 16 * (3 * blocks(32, 16) + 4 * blocks(16, 32))
         costs.append((forward, done[0] / forward))
-    InterpreterBuilder.create_dot = dot
     assert [ratio for _, ratio in costs[:2]] == [3.5, 3.5]
     assert costs[4][0] - costs[3][0] == costs[3][0] - costs[2][0]  # a streaming head: so much more for so many more tokens
 
@@ -1642,7 +1649,6 @@ def test_stages_grow_the_context(tmp_path, monkeypatch, capsys):
     assert [x["lr"] for x in steps[4:]] == pytest.approx([x["lr"] / 4 for x in steps[:4]])  # 1e-3 for 4e-3, and anew
     assert [row["length"] for row in outcome["stages"]] == [64, 128] and list(outcome["stages"][0]["scores"]) == ["64", "128", "256"]
     assert json.load(open("a/config.json"))["rope_theta"] == 1e5
-    assert train.at_stage(LlamaConfig(9, 1, 1, 1, 8, 8, 8, max_seq_len=100), train.Stage(128, 1, None, None)).max_seq_len == 128
     assert train.read_tensor_file("a/checkpoint.safetensors")["optimizer.0.step"] == 8
     assert train.parse_stages("64K:5000:8e6:1e-5,512K:2500:1.28e8:5e-6")[1] == (524288, 2500, 1.28e8, 5e-6, None)
     sources = {"text": (1.0, [np.arange(n) for n in (5, 30, 9, 100, 60)])}
@@ -1653,12 +1659,13 @@ def test_stages_grow_the_context(tmp_path, monkeypatch, capsys):
         def loss(self, model, batch, step, total):
             seen.append(int(batch.cu_seqlens.diff().square().sum()))
             return super().loss(model, batch, step, total)
-    model = Llama(dataclasses.replace(eval_tasks.TINY, vocab_size=100)).init_weights(0)
+    model = Llama(dataclasses.replace(eval_tasks.TINY, vocab_size=100, max_seq_len=8)).init_weights(0)
     config = train.fill_defaults(train.Config(method="lm", steps=3, grad_accum=4, out_dir="b"), None)
     os.makedirs("b")
     train.fit(Watch(model, config, 0), model, [train.Stage(16, 3, None, None, data)], config, "b",
               {"method": "lm", "settings": {}, "dtype": "float32"}, contextlib.nullcontext)
     assert len(set(seen)) > 1 and all(seen[i:i + 4] == sorted(seen[i:i + 4], reverse=True) for i in (0, 4, 8))
+    assert model.config.max_seq_len == 16  # what it has been trained to read
     for bad in ("64", "64:0", "64:1:0", "64:5,x:3", "4:5"):
         with pytest.raises(ValueError, match="--stages"):
             train.main(["--method", "lm", "--stages", bad, "--out_dir", "c"])
@@ -1766,6 +1773,8 @@ def test_scripts_answer_help_and_end_broken_input_in_exit_2(tmp_path):
     here = os.path.dirname(os.path.abspath(train.__file__))
     for name in ("train.py", "model.py", "eval_tasks.py", "prulong.py", "attention_triton.py"):
         assert "--" in script(os.path.join(here, name), "--help", cwd=tmp_path).stdout
+        odd = script(os.path.join(here, name), "--nonsense", cwd=tmp_path)
+        assert odd.returncode == 2 and odd.stderr.count("\n") == 1 and "nonsense" in odd.stderr
     broken = script(os.path.join(here, "model.py"), "--model", str(tmp_path), "--prompt", "x", cwd=tmp_path)
     assert broken.returncode == 2 and broken.stderr.count("\n") == 1 and "config.json" in broken.stderr
 

@@ -138,7 +138,7 @@ METHODS = {"lm": (LM, None), "sft": (LM, None), "vlorp": (LM, vlorp.Config), "me
 # --- data: batch(rng) -> Batch; where a method or report asks for it passkeys(rng, needles, words) -> Batch, documents(rng, context) ->
 # [(what comes before, main text)], held_out: [Batch] --------------------------------------------------------------------
 
-EMBEDDED = ("facts", "topics", "sites", "entities")  # made of token ids, for models as small
+EMBEDDED = ("facts", "topics", "sites", "entities")  # streams of token ids: no tokenizer
 
 
 class FactData:
@@ -657,8 +657,8 @@ def fit(method, model, stages, config, out_dir, about, autocast):
         saved = load_checkpoint(checkpoint, model, method, optimizer)
         done, seconds = saved["step"], saved["cpu_seconds"]
     log.forget(done)
-    if done:
-        model.config = at_stage(model.config, stages[stage_at(stages, done - 1)[0]])
+    for stage in stages[:stage_at(stages, done - 1)[0] + 1] if done else ():
+        model.config = at_stage(model.config, stage)
     start = time.process_time() - seconds
     steps, (rank, size) = sum(stage.steps for stage in stages), processes()
     bar = tqdm(range(done, steps), initial=done, total=steps, desc=about["method"], unit="step", disable=rank > 0 or None)
@@ -678,7 +678,7 @@ def fit(method, model, stages, config, out_dir, about, autocast):
             norm = clip_and_step(optimizer, config.clip) if math.isfinite(total) else math.nan
             if not math.isfinite(total) or not math.isfinite(norm):
                 last = f"the last good checkpoint is step {done} in {checkpoint}" if done else "there is no checkpoint yet"
-                raise Diverged(f"train.py: loss {total}, gradient norm {norm} at step {step}; {last}")
+                raise Diverged(f"{os.path.basename(sys.argv[0])}: loss {total}, gradient norm {norm} at step {step}; {last}")
             optimizer.zero_grad(set_to_none=True)
             log.write("step", step=step, loss=total, grad_norm=norm, lr=optimizer.param_groups[0]["lr"], tokens=sum(len(b.tokens) for b in batches),
                       targets=sum(int((b.targets != -100).sum()) for b in batches), seconds=round(time.perf_counter() - tick, 4), **shown)
@@ -819,7 +819,7 @@ def answer_accuracy(model, data, device, dtype):
 
 
 def length_scores(model, stages, config, autocast):
-    """{length: score} of the model as it is: far recall at 1, 2 and 4 times the first stage's length, or held-out loss at every stage's."""
+    """{length: score} of the model as it is: recall at 1, 2 and 4 times the first stage's length, or held-out loss at every stage's."""
     if isinstance(stages[0].data, FactData):
         lengths = [stages[0].length * k for k in (1, 2, 4)]
         facts = [fact_stream(np.random.default_rng([config.seed, 2 ** 31]), config.eval_seqs, n, *CURRICULUM[0][1:3]) for n in lengths]
@@ -1059,7 +1059,8 @@ def build_data(config, settings, vocab_size):
 def build_stages(config, settings, vocab_size) -> list:
     """The run's stages with their data: one, or those of --stages, whose micro-batches hold as many tokens as the first's."""
     if config.stages is None:
-        return [Stage(config.seq_len, config.steps, None, None, build_data(config, settings, vocab_size))]
+        length = config.seq_len - (settings.context if config.method in ("cepe", "ceped") else 0)  # that the decoder reads
+        return [Stage(length, config.steps, None, None, build_data(config, settings, vocab_size))]
     stages, specs, base = parse_stages(config.stages), config.data.split(";"), None
     if len(specs) not in (1, len(stages)):
         raise ValueError(f"--data has {len(specs)} parts for {len(stages)} stages")
@@ -1123,14 +1124,15 @@ def check_used(config, settings):
 
 
 def fill_defaults(config, settings):
-    """Defaults that depend on other flags."""
+    """Defaults that depend on other flags. Raises ValueError for flags that cannot be together."""
     if config.stages is not None:
         if config.method != "lm" or config.steps is not None or config.seq_len is not None:
             raise ValueError("--stages is for --method lm, and takes the place of --steps and --seq_len")
         stages = parse_stages(config.stages)
         config = dataclasses.replace(config, steps=sum(s.steps for s in stages), seq_len=stages[0].length)
     expands = config.method in ("cepe", "ceped")
-    data = config.data or ("stdlib" if config.model else "sites" if config.method == "meco" else "entities" if expands else "facts")
+    data = "stdlib" if config.model else "sites" if config.method == "meco" else "entities" if expands else "facts"
+    data = data if config.data is None else config.data
     facts, sites, entities = data in ("facts", "topics"), data == "sites", data == "entities"
     masks_only = config.method == "duo" or getattr(settings, "train", "") == "masks"
     unused = ("lr", "weight_decay", *(("warmup", "min_lr") if config.method == "duo" else ())) if masks_only else ()
