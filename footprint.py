@@ -311,8 +311,9 @@ def main():
         curves = {c: [(r["footprint"], r["score"]) for r in here if r["curve"] == c] for c in dict.fromkeys(r["curve"] for r in here) if c != "full"}
         whole = next(r["score"] for r in here if r["curve"] == "full")
         picture = os.path.join(config.out_dir, f"footprint-{task}-{length}.svg")
-        save_plot(picture, curves, f"{task}, {length} tokens, {about['model']} model, n = {config.n}", "KV footprint", "score",
-                  1.0, whole, {f"{config.threshold:.0%} of the full cache": config.threshold * whole})
+        title = f"{task}, {length} tokens, {os.path.basename(os.path.normpath(about['model']))}, n = {config.n}"
+        mark = {f"{config.threshold:.0%} of the full cache": config.threshold * whole}
+        save_plot(picture, curves, title, "KV footprint", "score", 1.0, whole, mark)
     print(json.dumps({"critical": found, "threshold": config.threshold, **about}, allow_nan=False))
 
 
