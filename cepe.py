@@ -520,8 +520,8 @@ def small_decoder(data, steps, seed):
 
 @dataclass
 class Demo:
-    decoder_steps: int = flag(250, "that train the decoder (README: 1000)", low=1)
-    steps: int = flag(200, "that train encoder and cross-attention (README: 1500)", low=3)
+    decoder_steps: int = flag(200, "that train the decoder (README: 1000)", low=1)
+    steps: int = flag(150, "that train encoder and cross-attention (README: 1500)", low=3)
     lr: float = flag(6e-3, "of encoder and cross-attention", low=0)
     duplicate: float = flag(0.05, "share of the steps in which encoder and decoder read the same tokens", low=0, high=1)
     init: str = flag("zero", "of the cross-attention's output", choices=("copy", "zero"))
