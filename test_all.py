@@ -1473,7 +1473,7 @@ def test_autocast_reaches_single_rows():
 
 def test_several_processes_are_checked_before_anything_is_lost(tmp_path, monkeypatch):
     (tmp_path / "log.jsonl").write_text("precious")
-    monkeypatch.setattr(train, "processes", lambda: (0, 8))
+    monkeypatch.setattr(train, "processes", lambda: model_file.Processes(0, 8))
     with pytest.raises(ValueError, match="does not divide the model's 4 KV heads"):
         train.main(["--method", "lm", "--data", "facts", "--seq_parallel", "8", "--overwrite", "--out_dir", str(tmp_path)])
     assert (tmp_path / "log.jsonl").read_text() == "precious"
