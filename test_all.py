@@ -1077,8 +1077,8 @@ def test_main_takes_methods_from_elsewhere(tmp_path, monkeypatch, capsys):
     assert rows[1]["loss"] == pytest.approx(near.item(), abs=1e-6) and rows[1]["loss"] != pytest.approx(
         model.loss(batch.tokens, batch.targets, cu_seqlens=batch.cu_seqlens, weights=batch.weights).item(), abs=1e-6)
     facts = eval_tasks.fact_stream(np.random.default_rng([0, 2 ** 31]), 2, *eval_tasks.CURRICULUM[-1][:3])
-    want = eval_tasks.recall(model, facts, slow(facts.batch.cu_seqlens), facts.far(1, 0))
-    assert rows[-1]["before"] == rows[-1]["after"] == pytest.approx(want)
+    want = eval_tasks.recall(model, facts, slow(facts.batch.cu_seqlens))
+    assert rows[-1]["before"] == rows[-1]["after"] == pytest.approx(want) and rows[-1]["score"] == "recall"
     with pytest.raises(ValueError, match="'near' is none of lm, "):
         train.main(["--method", "near"])
 
@@ -1666,6 +1666,14 @@ def test_stages_grow_the_context(tmp_path, monkeypatch, capsys):
               {"method": "lm", "settings": {}, "dtype": "float32"}, contextlib.nullcontext)
     assert len(set(seen)) > 1 and all(seen[i:i + 4] == sorted(seen[i:i + 4], reverse=True) for i in (0, 4, 8))
     assert model.config.max_seq_len == 16  # what it has been trained to read
+    stages, ends = [train.Stage(32, 1, 1e5, None, data), train.Stage(16, 1, None, None, data)], []
+    os.makedirs("shrinks")
+    for _ in range(2):  # the second time there is nothing left to do but to read the checkpoint
+        model = Llama(dataclasses.replace(eval_tasks.TINY, vocab_size=100, max_seq_len=8)).init_weights(0)
+        train.fit(train.LM(model, config, 0), model, stages, dataclasses.replace(config, steps=2), "shrinks",
+                  {"method": "lm", "settings": {}, "dtype": "float32"}, contextlib.nullcontext)
+        ends.append((model.config.max_seq_len, model.config.rope_base))
+    assert ends == [(32, 1e5)] * 2
     for bad in ("64", "64:0", "64:1:0", "64:5,x:3", "4:5"):
         with pytest.raises(ValueError, match="--stages"):
             train.main(["--method", "lm", "--stages", bad, "--out_dir", "c"])
@@ -3128,6 +3136,9 @@ def test_cepe_phases_and_documents():
     mlm, same, main = draw(0), draw(3), draw(5)
     assert len(mlm.tokens) == 0 and len(mlm.context) == 120 and 0.1 < (mlm.targets != -100).float().mean() < 0.5
     assert torch.equal(same.context, same.tokens) and same.cu_chunks.tolist() == list(range(0, 25, 2)) and same.cu_context.tolist() == [0, 8, 16, 24]
+    config = train.fill_defaults(train.Config(method="cepe"), cepe.Config())
+    stage, = train.build_stages(config, train.cepe_defaults(config, cepe.Config()), 128)
+    assert (config.seq_len, stage.length) == (80, 16)  # what the decoder reads, beside 64 tokens of context
     before, after = data.documents(np.random.default_rng(1), 32)[0]
     assert main.context[:32].tolist() == before.tolist() and main.tokens[:8].tolist() == after.tolist() and main.targets[7] == -100
     assert main.cu_chunks.tolist() == list(range(0, 97, 8)) and main.cu_context.tolist() == [0, 32, 64, 96]

@@ -732,20 +732,20 @@ def streaming_footprint(mask, n, sink, window) -> float:
 def score_masks(model, data, masks, sink, window, config, autocast):
     """`scores_of` hard masks (n_layer, n_kv_head) with their sink and window."""
     ways = [lambda cu_seqlens, mask=mask: prulong.by_mask(mask, cu_seqlens, sink, window) for mask in masks]
-    return scores_of(model, data, ways, sink, window, config, autocast)
+    return scores_of(model, data, ways, config, autocast, (window, sink))
 
 
 @torch.no_grad()
-def scores_of(model, data, ways, sink, window, config, autocast):
-    """({name: a score per way of attending}, tokens): far recall (outside sink and window; all there is for 0 and 1) of each skill of the
-    fact stream at 512 tokens, higher is better, or held-out loss [nats / token]. ways: functions of cu_seqlens that give an `attend`."""
+def scores_of(model, data, ways, config, autocast, beyond=None):
+    """({name: a score per way of attending}, tokens): recall of each skill of the fact stream at 512 tokens, higher is better, of facts
+    beyond (window, sink) alone if these are given; or held-out loss [nats / token]. ways: functions of cu_seqlens that give an `attend`."""
     if isinstance(data, FactData):
-        label = "recall" if (sink, window) == (0, 1) else "far recall"
+        label = "far recall" if beyond else "recall"
         skills, named = skill_stream(np.random.default_rng([config.seed, 2 ** 31]), config.eval_seqs, *CURRICULUM[-1][:3], data.topics), {}
         for skill, facts in skills.items():
             scores = [0.0] * len(ways)
             for i in tqdm(dealt(range(len(ways))), desc="recall", unit="mask", disable=None, leave=False):
-                scores[i] = recall(model, facts, ways[i](facts.batch.cu_seqlens), facts.far(window, sink))
+                scores[i] = recall(model, facts, ways[i](facts.batch.cu_seqlens), facts.far(*beyond) if beyond else None)
             named[f"{label} of {skill}" if data.topics else label] = summed(scores)
         return named, CURRICULUM[-1][0]
     scores = [0.0] * len(ways)
@@ -799,7 +799,7 @@ def report_heads(results, model, data, settings, config, autocast):
 def score_weights(model, method, data, config, dtype, autocast):
     """Held-out loss, or recall, of a model that attends as its method says; where conversations have checkable ends, also the share
     of right ones, with the full cache."""
-    columns, n = scores_of(model, data, [method.attend], 0, 1, config, autocast)
+    columns, n = scores_of(model, data, [method.attend], config, autocast)
     (name, (score,)), = columns.items()
     exams = getattr(data, "exams", [])
     checkable = bool(exams) and all(answer is not None for _, answer in exams)
@@ -824,7 +824,7 @@ def length_scores(model, stages, config, autocast):
         lengths = [stages[0].length * k for k in (1, 2, 4)]
         facts = [fact_stream(np.random.default_rng([config.seed, 2 ** 31]), config.eval_seqs, n, *CURRICULUM[0][1:3]) for n in lengths]
         return {n: recall(model, f, causal(f.batch.cu_seqlens)) for n, f in zip(lengths, facts)}
-    return {stage.length: scores_of(model, stage.data, [causal], 0, 1, config, autocast)[0]["held-out loss"][0] for stage in stages}
+    return {stage.length: scores_of(model, stage.data, [causal], config, autocast)[0]["held-out loss"][0] for stage in stages}
 
 
 def report_stages(log_path, name):
