@@ -162,14 +162,13 @@ def stacked(*layers):
     behind each other. Only without gradients; a token's products in SmolLM2 take 0.87x the time of separate ones (bfloat16)."""
     if torch.is_grad_enabled():
         return None
-    weights = [layer.weight for layer in layers]
-    first, rows = weights[0], 0
-    for w in weights:  # each so far into memory that begins where the first one does (tensors of a mapped file each begin their own)
-        n = rows * first.shape[1]
-        if w.storage_offset() != n or w.data_ptr() != first.data_ptr() + n * first.itemsize:
+    first, rows, n_in = layers[0].weight, 0, layers[0].in_features
+    for layer in layers:  # each so far into memory that begins where the first one does (tensors of a mapped file each begin their own)
+        w, start = layer.weight, rows * n_in
+        if w.storage_offset() != start or w.data_ptr() != first.data_ptr() + start * first.itemsize:
             return None
-        rows += w.shape[0]
-    return first.as_strided((rows, first.shape[1]), first.stride())
+        rows += layer.out_features
+    return first.as_strided((rows, n_in), (n_in, 1))
 
 
 class Linear(nn.Linear):
@@ -194,11 +193,15 @@ class RMSNorm(nn.RMSNorm):
     ROWS = 512  # at a time without gradients: the float32 copy stays in the cache (0.7x the time at 2048 x 576, 0.4x at 8192)
 
     def forward(self, x):
-        if torch.is_grad_enabled() or x.shape[0] <= self.ROWS:
+        if torch.is_grad_enabled() or 1 < x.shape[0] <= self.ROWS or not x.is_cpu:
             return super().forward(x)
+        wide_dtype = torch.promote_types(x.dtype, torch.float32)
+        if x.shape[0] == 1:  # by a plain number: 4 operations instead of 11, 0.95x the time of a whole token
+            norm = torch.linalg.vector_norm(x, dtype=wide_dtype).item()
+            return (x * (norm * norm / x.shape[1] + self.eps) ** -0.5).mul_(self.weight)
         out = torch.empty_like(x)
         for part, out_part in zip(x.split(self.ROWS), out.split(self.ROWS)):
-            wide = part.to(torch.promote_types(x.dtype, torch.float32), copy=True)
+            wide = part.to(wide_dtype, copy=True)
             mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[1])
             out_part.copy_(wide.mul_(mean_square.add_(self.eps).rsqrt_()))
         return out.mul_(self.weight)
@@ -220,8 +223,9 @@ class Attention(nn.Module):
             cos, sin = cos.to(q.dtype), sin.to(q.dtype)  # autocast makes q narrower than x
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         else:
-            qk, v = linear(x, weight).unflatten(1, (-1, self.head_dim)).split((n_head + n_kv_head, n_kv_head), 1)  # (N, heads, D)
-            q, k = rotate(qk, cos.to(qk.dtype), sin.to(qk.dtype)).split((n_head, n_kv_head), 1)
+            qkv = linear(x, weight).view(len(x), n_head + 2 * n_kv_head, self.head_dim)  # (N, heads, D)
+            qk, v = rotate(qkv[:, :-n_kv_head], cos.to(qkv.dtype), sin.to(qkv.dtype)), qkv[:, -n_kv_head:]
+            q, k = qk[:, :n_head], qk[:, n_head:]
         return self.o_proj(attend(layer, q, k, v).flatten(1))  # (N, n_head, D) -> (N, n_embd)
 
 
@@ -587,10 +591,11 @@ class Slab:
         """k, v (heads, T, D) and their positions (T,) become entries n .. n+T."""
         start, self.n = self.n, self.n + k.shape[1]
         if self.n > self.k.shape[1]:  # one slab at a time, and to 1/64 above need: a second whole cache never exists
-            room = self.n + self.n // 64
-            self.k, self.v, self.pos = (
-                torch.cat((x[:, :start], x.new_empty(x.shape[0], room - start, *x.shape[2:])), 1)
-                for x in (self.k, self.v, self.pos))
+            for name in ("k", "v", "pos"):
+                old = getattr(self, name)
+                new = old.new_empty(old.shape[0], self.n + self.n // 64, *old.shape[2:])
+                new[:, :start] = old[:, :start]
+                setattr(self, name, new)
         self.k[:, start:self.n] = k
         self.v[:, start:self.n] = v
         self.pos[:, start:self.n] = pos
@@ -620,18 +625,17 @@ class KVCache:
         """The `attend` of inference: append this step's k, v (T, n_kv_head, D), let q (T, n_head, D) see all that is held."""
         n_new, n_kv_head = k.shape[:2]
         if layer == 0:
-            self.held = self.count()
+            self.held, self.new = self.count(), torch.arange(self.seen, self.seen + n_new, dtype=torch.int32, device=k.device)
         if not self.slabs[layer]:
             empty = k.new_empty(n_kv_head, 0, k.shape[2])
             pos = torch.empty(n_kv_head, 0, dtype=torch.int32, device=k.device)
             self.slabs[layer] = [Slab(list(range(n_kv_head)), empty, empty, pos, 0)]
-        pos = torch.arange(self.seen, self.seen + n_new, dtype=torch.int32, device=k.device)
         if len(self.slabs[layer]) == 1:
-            out = attend_slab(self.slabs[layer][0], q, k, v, pos)
+            out = attend_slab(self.slabs[layer][0], q, k, v, self.new)
         else:
             out = torch.empty_like(q)
             for slab in self.slabs[layer]:
-                o = attend_slab(slab, *(pick_heads(x, slab.heads, n_kv_head) for x in (q, k, v)), pos)
+                o = attend_slab(slab, *(pick_heads(x, slab.heads, n_kv_head) for x in (q, k, v)), self.new)
                 out.unflatten(1, (n_kv_head, -1))[:, slab.heads] = o.unflatten(1, (len(slab.heads), -1))
         self.evict(layer, q, k, v)
         if layer == self.config.n_layer - 1:

@@ -150,8 +150,9 @@ class ProjFactor(torch.optim.Optimizer):
             running(state, name, sums).lerp_(sums, 1 - b2)
         m = running(state, "m", small).lerp_(small, 1 - b1)
         row, column = (state["row"] / state["row"].sum().clamp_min(1e-30)).sqrt_(), state["column"].sqrt()
+        floor = column.new_full(column.shape, eps)
         for rows, block in estimate(m, basis, p):  # sqrt(V) + eps, V = R C^T / sum(R), a block at a time too
-            descend(p[rows], group["lr"] * correction, block, (row[rows, None] * column).add_(eps))
+            descend(p[rows], group["lr"] * correction, block, torch.addr(floor, row[rows], column))
 
     def plain_update(self, p, group, grad):
         """AdamW (arXiv:1711.05101)."""
