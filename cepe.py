@@ -269,6 +269,10 @@ class Example(NamedTuple):
     cu_context: torch.Tensor
     weights: torch.Tensor | None = None
 
+    def tokens_before(self):
+        """Tokens to be read before each document, its context's too, and all, (n_doc + 1,)."""
+        return self.cu_seqlens + self.cu_context
+
     def documents(self, first, last):
         """Its documents first .. last - 1 with their contexts."""
         main, (start, end) = Batch.documents(self, first, last), self.cu_context[[first, last]].tolist()

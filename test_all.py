@@ -121,6 +121,15 @@ def test_attention_random_shapes():
                         causal=causal, window=window, sink=pick(0, 10) * causal, scale=(None, 0.3)[trial % 2])
 
 
+def test_attention_refuses_a_second_derivative():
+    q, k, v = (torch.randn(9, h, 8, dtype=torch.float64, requires_grad=True) for h in (2, 1, 1))
+    one = torch.ones((), dtype=torch.float64, requires_grad=True)
+    for window in (0, 3):
+        first, = torch.autograd.grad(attention(q, k, v, [0, 9], [0, 9], window=window).sum(), q, one, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):  # it would be wrong in silence
+            first.sum().backward()
+
+
 def test_attention_low_precision():
     rng = torch.Generator().manual_seed(1)
     for dtype, tol in ((torch.float32, 2e-6), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)):
@@ -2178,13 +2187,13 @@ def test_footprint_of_a_run_equals_its_closed_form():
 def test_footprint_sweep_resumes_and_draws(tmp_path):
     """Three points of a sweep are removed, one line is cut short: only those run again, and the rest stand as they were."""
     save_model(Llama(eval_tasks.TINY).init_weights(0), tmp_path / "out" / "tiny-seed0")
-    args = [os.path.abspath(footprint.__file__), "--n", "2", "--lengths", "64", "--curves", "streaming,snapkv patched", "--shares", "0.1,0.5,0.9",
+    args = [os.path.abspath(footprint.__file__), "--n", "2", "--lengths", "64", "--curves", "streaming,snapkv patched", "--shares", "0.05,0.1,0.5,0.9",
             "--chunk", "16"]
     first = script(*args, cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     path = tmp_path / "out" / "footprint" / "results.jsonl"
     lines = path.read_text().splitlines(keepends=True)
-    assert len(lines) == 7
+    assert len(lines) == 8 and "left out: streaming with a share of 0.05 of 64 (no more than its --sink of 4)\n" in first.stdout
     path.write_text("".join(lines[:4]) + lines[4][:30])
     refused = script(*args, cwd=tmp_path)
     assert refused.returncode == 2 and "--resume" in refused.stderr
@@ -2195,7 +2204,7 @@ def test_footprint_sweep_resumes_and_draws(tmp_path):
     assert after[:4] == lines[:4] and [drop(x) for x in after] == [drop(x) for x in lines]
     assert again.stdout == first.stdout and set(json.loads(first.stdout.splitlines()[-1])["critical"]) == {"facts 64 streaming", "facts 64 snapkv patched"}
     picture = xml.etree.ElementTree.parse(tmp_path / "out" / "footprint" / "footprint-facts-64.svg")
-    assert len(picture.findall(".//{http://www.w3.org/2000/svg}circle")) == 6
+    assert len(picture.findall(".//{http://www.w3.org/2000/svg}circle")) == 7
     with pytest.raises(ValueError, match="finite"):
         model_file.plot({"a": [(0.5, math.nan)]}, "", "x", "y")
     picture = xml.etree.ElementTree.fromstring(model_file.plot({"<a>": [(0, 1), (4, 2)], "b": [(2, 0)]}, "a & b", "x", "y", marks={"m": 1.5}))
