@@ -228,6 +228,11 @@ def load_cepe(path, device="cpu", dtype=torch.float32) -> CEPE:
     try:
         config, encoder_config = LlamaConfig.from_hf(hf | llama), LlamaConfig.from_hf(hf["encoder_config"] | llama)
         last_n = number(hf, "num_cross_attn_layers", config.n_layer)
+        for name, only in (("num_cross_attn_hidden_states", 1), ("do_cross_attention", True)):
+            if hf.get(name, only) not in (only, None):
+                raise ValueError(f"unsupported {name} = {hf[name]!r}, want {only!r}")
+        if last_n > config.n_layer:
+            raise ValueError(f"num_cross_attn_layers is {last_n}, of {config.n_layer} layers")
     except ValueError as e:
         raise ValueError(f"{path}/config.json: {e}") from None
     files = weight_files(path)
@@ -268,10 +273,6 @@ class Example(NamedTuple):
     cu_chunks: torch.Tensor
     cu_context: torch.Tensor
     weights: torch.Tensor | None = None
-
-    def tokens_before(self):
-        """Tokens to be read before each document, its context's too, and all, (n_doc + 1,)."""
-        return self.cu_seqlens + self.cu_context
 
     def documents(self, first, last):
         """Its documents first .. last - 1 with their contexts."""

@@ -1457,6 +1457,8 @@ def check_draft(spec, draft):
         texts.append(draft.gold["reference_output"])
     if not all(isinstance(x, str) for x in texts) or "" in texts[1:] or len(texts) < 2 and not spec.scorer.startswith(("alce", "rerank")):
         raise ValueError("the context, answer or reference is missing or not text")
+    if spec.scorer == "html_to_tsv" and not ((table := read_table(draft.gold["reference_output"])) and table[1]):
+        raise ValueError("the reference table has no rows")
     if spec.scorer == "pseudo_to_code":
         tests = draft.gold["item"]["testcases"]
         if not tests or not all(isinstance(line, str) and line.isprintable() for given, wanted in tests for line in [*given, *wanted]):
@@ -1934,11 +1936,11 @@ class Config:
     model: str | None = flag(None, "folder of a Llama; without it the tiny model's recall on the fact stream is shown")
     tasks: str = flag("niah_s,niah_mv,icl", "comma-separated: built ones, helmet:NAME or longproc:NAME (with --data), litsearch:bm25, "
                                             "litsearch:dense, litsearch:rerank")
-    lengths: str = flag("1024", "of the prompts, comma-separated [tokens]")
+    lengths: str = flag("1024", "of the prompts, comma-separated [tokens]; longproc and litsearch tasks have their own")
     n: int = flag(20, "examples of each task and length", low=1, high=10 ** 5)
     seed: int = flag(0, "of the built examples, and of the tiny model", low=0, high=2 ** 31)
     data: str | None = flag(None, "folder with the benchmark's own files")
-    chat: bool = flag(False, "use the tokenizer's chat format")
+    chat: bool | None = flag(None, "use the tokenizer's chat format; by default where it has one and the benchmark does, not for built tasks")
     prefix_host: str | None = flag(None, "put this host before every prompt, for models trained with MeCo (not with --chat)")
     policy: str = flag("full", "comma-separated: full streaming snapkv pyramidkv h2o tova knorm random heads")
     budget: int | None = flag(None, "for the policies that take one: entries kept per KV head [tokens]", low=0)
@@ -2027,7 +2029,7 @@ def evaluate(config, model, tokenizer, log):
     wait_for_all()  # until every process has read what there is
     who = [os.path.realpath(config.model), config.dtype, config.chat, config.max_new_tokens]
     names = config.tasks.split(",")
-    for name, length in [(name, int(x)) for name in names for x in config.lengths.split(",")]:
+    for name, length in [(name, int(x)) for name in names for x in ("0" if name.startswith("longproc:") else config.lengths).split(",")]:
         if name.startswith("litsearch:"):
             continue
         if task_of(name).scorer == "pseudo_to_code" and not config.allow_code_exec:
@@ -2035,7 +2037,7 @@ def evaluate(config, model, tokenizer, log):
             continue
         examples = examples_of(config, name, length, policies, tokenizer)
         for i, p, example in tqdm(examples, desc=f"{name} {length}", unit="example", disable=rank > 0 or None):
-            sha = hashlib.sha256(json.dumps([example.prompt, example.answer]).encode()).hexdigest()[:16]
+            sha = hashlib.sha256(json.dumps([example.prompt, example.answer, example.gold], default=str).encode()).hexdigest()[:16]
             extra = ["".join(str(int(x)) for x in heads.flatten())] if p == "heads" else []
             key = json.dumps([*who, name, length, p, settings[p], *extra, i, sha], sort_keys=True)
             if key not in done and len(keys) % size == rank:
@@ -2063,13 +2065,24 @@ def behind_host(example, tokenizer, host) -> Example:
     return replace(example, prompt=[*meco.prompt(tokenizer, "", host), *example.prompt[int(tokenizer.add_bos):]])
 
 
+def tokenizer_for(tasks, model, path):
+    """The tokenizer of folder `path`; None for the fact stream, which is token ids. Raises ValueError if `model` is none that reads those."""
+    if tasks != ["facts"]:
+        return load_tokenizer(path)
+    if model.config.vocab_size not in (TINY.vocab_size, TOPICAL.vocab_size):
+        raise ValueError(f"{path}: task facts is made of token ids for the tiny model, of vocabulary {VOCAB}, not {model.config.vocab_size}")
+    return None
+
+
 def examples_of(config, name, length, policies, tokenizer):
     """Yield (i, policy, example) of one task and length; built ones one at a time."""
-    official = ":" in name
-    loaded = load(name, config.data, config.n, tokenizer=tokenizer, length=length, chat=config.chat or None) if official else \
-        build(name, config.n, length, config.seed) if name == "facts" else None
+    official, chat = ":" in name, config.chat if config.prefix_host is None else False
+    if config.prefix_host is not None:
+        length -= len(meco.prompt(tokenizer, "", config.prefix_host)) - int(tokenizer.add_bos)
+    loaded = load(name, config.data, config.n, tokenizer=tokenizer, length=None if name.startswith("longproc:") else length, chat=chat) \
+        if official else build(name, config.n, length, config.seed, tokenizer) if name == "facts" else None
     for i in range(config.n if loaded is None else len(loaded)):
-        example = build_one(name, i, length, config.seed, tokenizer, config.chat) if loaded is None else loaded[i]
+        example = build_one(name, i, length, config.seed, tokenizer, bool(chat)) if loaded is None else loaded[i]
         if config.prefix_host is not None:
             example = behind_host(example, tokenizer, config.prefix_host)
         for p in policies:
@@ -2084,7 +2097,7 @@ def run_search(config, name, model, tokenizer, done, who):
     keys = {i: json.dumps([*who, name, corpus, i]) for i in chosen}
 
     def ask(prompt):
-        return tokenizer.decode(generate(model, to_ids(tokenizer, prompt, "", config.chat), 60, stop_ids=tokenizer.eos_ids))
+        return tokenizer.decode(generate(model, to_ids(tokenizer, prompt, "", bool(config.chat)), 60, stop_ids=tokenizer.eos_ids))
     todo, start = dealt([i for i in chosen if keys[i] not in done]), time.perf_counter()
     for i, metrics in search(name.removeprefix("litsearch:"), model, tokenizer, data, todo, ask) if todo else ():
         done[keys[i]] = {"key": keys[i], "task": name, "length": 0, "policy": "full", "i": i, "score": metrics["recall@5"], "metrics": metrics,
@@ -2177,7 +2190,8 @@ def main():
     check_flags(config)
     join_processes(config.device)
     check_device(config.device)
-    model, tokenizer = load_model(config.model, config.device, DTYPES[config.dtype]), load_tokenizer(config.model)
+    model = load_model(config.model, config.device, DTYPES[config.dtype])
+    tokenizer = tokenizer_for(config.tasks.split(","), model, config.model)
     os.makedirs(os.path.dirname(os.path.abspath(config.out)), exist_ok=True)
     rows = evaluate(config, model, tokenizer, lambda line: print(line, file=sys.stderr))
     records = report(rows)

@@ -23,9 +23,9 @@ from fractions import Fraction
 import numpy as np
 from tqdm import tqdm
 
-from eval_tasks import TASKS, answer, build, fact_stream, read_results, score, tiny_model
+from eval_tasks import TASKS, answer, build, fact_stream, read_results, score, tiny_model, tokenizer_for
 from evict import make_cache, train_locret
-from model import DTYPES, append_line, check_device, flag, load_model, load_tokenizer, parse, run, save_plot
+from model import DTYPES, append_line, check_device, flag, load_model, parse, run, save_plot
 from prulong import load_heads
 
 # --- closed forms -----------------------------------------------------------------------------------------------------
@@ -276,7 +276,8 @@ def main():
     if os.path.exists(path) and not (config.resume or config.overwrite):
         raise ValueError(f"{path} is there already: add --resume or --overwrite, or name another --out_dir")
     if config.model:
-        model, tokenizer = load_model(config.model, config.device, DTYPES[config.dtype]), load_tokenizer(config.model)
+        model = load_model(config.model, config.device, DTYPES[config.dtype])
+        tokenizer = tokenizer_for(tasks, model, config.model)
     else:
         model, tokenizer = tiny_model(config.seed, f"out/tiny-seed{config.seed}").to(config.device, DTYPES[config.dtype]), None
     wanted = config.curves.split(",")

@@ -393,10 +393,6 @@ class Batch(typing.NamedTuple):
     cu_seqlens: torch.Tensor
     weights: torch.Tensor | None = None
 
-    def tokens_before(self):
-        """Tokens to be read before each document, and all, (n_doc + 1,)."""
-        return self.cu_seqlens
-
     def documents(self, first, last):
         """Its documents first .. last - 1."""
         rows = slice(int(self.cu_seqlens[first]), int(self.cu_seqlens[last]))
@@ -406,7 +402,7 @@ class Batch(typing.NamedTuple):
 
 def divide(batch, n) -> list:
     """A batch in n parts of about equally many tokens, whole documents each; None for a part without any."""
-    cu = batch.tokens_before().double()
+    cu = (batch.cu_seqlens + getattr(batch, "cu_context", 0)).double()  # tokens before each document; CEPE's have contexts besides
     cuts = [int((cu - cu[-1] * i / n).abs().argmin()) for i in range(n)] + [len(cu) - 1]
     return [batch.documents(a, b) if b > a else None for a, b in zip(cuts, cuts[1:])]
 

@@ -2526,6 +2526,43 @@ def test_generated_code_runs_within_limits(tmp_path):
         assert not mark.exists()
 
 
+def test_chat_length_and_gold_are_as_asked(tmp_path, monkeypatch, capsys):
+    """--no-chat gives a benchmark's chat task as plain text, a host comes before plain text and within the length, LongProc runs once whatever
+    --lengths says, another gold is another example, and the fact stream wants the tiny model."""
+    special = {"<|im_start|>": 256, "<|im_end|>": 257}
+    tokenizer = model_file.Tokenizer({bytes([b]): b for b in range(256)}, [], r"(?s:.{1,32})", special)
+    config = lambda **given: eval_tasks.Config(**{"data": str(tmp_path), "n": 1, **given})
+    loads = []
+    monkeypatch.setattr(eval_tasks, "load", lambda name, path, n, tokenizer, length, chat: loads.append((length, chat)) or [])
+    for given in ({}, {"chat": True}, {"chat": False}, {"prefix_host": "a.org"}):
+        list(eval_tasks.examples_of(config(**given), "longproc:countdown_0.5k", 0, ["full"], tokenizer))
+        list(eval_tasks.examples_of(config(**given), "helmet:icl_banking77", 2000, ["full"], tokenizer))
+    header = len(meco.prompt(tokenizer, "", "a.org"))
+    assert loads == [(None, None), (2000, None), (None, True), (2000, True), (None, False), (2000, False), (None, False), (2000 - header, False)]
+    (_, _, plain), = eval_tasks.examples_of(config(prefix_host="a.org"), "niah_s", 800, ["full"], tokenizer)
+    assert tokenizer.decode(plain.prompt).startswith("URL: a.org\n\n") and 0.98 * 800 <= len(plain.prompt) <= 800
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    save_model(small(vocab_size=258, eos_ids=(257,)), "model")
+    save_model(Llama(eval_tasks.TINY).init_weights(0), "tiny")
+
+    def go(*args):
+        monkeypatch.setattr(sys, "argv", ["eval_tasks.py", "--n", "1", "--max_new_tokens", "2", "--dtype", "float32", "--out", "x.jsonl", *args])
+        with contextlib.suppress(SystemExit):
+            model_file.run(eval_tasks.main)
+        return capsys.readouterr()
+    examples = lambda gold: [eval_tasks.Example("longproc:countdown_0.5k", [1, 2], "", 2, gold=gold)]
+    for runs, gold in ((1, {"answer": "a"}), (1, {"answer": "a"}), (2, {"answer": "b"})):
+        monkeypatch.setattr(eval_tasks, "load", lambda *_, **__: examples(gold))
+        monkeypatch.setattr(eval_tasks, "score", lambda *_: {"score": 0.0})
+        said = go("--model", "model", "--tasks", "longproc:countdown_0.5k", "--data", ".", "--lengths", "64,1024")
+        assert len(open("x.jsonl").readlines()) == runs and "| longproc:countdown_0.5k | - | full |" in said.out, said.err
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert "made of token ids" in go("--model", "model", "--tasks", "facts", "--lengths", "64").err
+    assert json.loads(go("--model", "tiny", "--tasks", "facts", "--lengths", "64", "--out", "y.jsonl").out.splitlines()[-1])["results"]
+
+
 def test_evaluation_resumes_and_names_what_is_wrong(tmp_path, monkeypatch, capsys):
     """A run whose last line was torn goes on where it stopped and ends with the same rows; nothing is run twice."""
     save_model(small(vocab_size=258, eos_ids=(257,)), tmp_path / "model")
@@ -2752,6 +2789,27 @@ def projected_worker(rank, size, port, out):
     if rank == 0:
         torch.save(result, out)
     torch.distributed.destroy_process_group()
+
+
+def test_groups_come_and_optimizers_go():
+    """Each group's settings are checked, also those added later; a frozen matrix is let be; an optimizer that is gone takes no gradient."""
+    matrix = lambda: torch.nn.Parameter(torch.randn(6, 4))
+    for wrong, words in ((dict(basis="gaussian"), "basis"), (dict(scheme="galore"), "scheme"), (dict(proj_every=0), "proj_every"), (dict(lr=-1), "lr"),
+                         (dict(granularity=3), "cannot be projected")):
+        with pytest.raises(ValueError, match=words):
+            vlorp.ProjFactor([{"params": [matrix()], **wrong}], granularity=2)
+    a, b, frozen = matrix(), matrix(), matrix().requires_grad_(False)
+    optimizer = vlorp.ProjFactor([a, frozen], granularity=2, lr=0.1)
+    optimizer.add_param_group({"params": [b], "rank": 2, "granularity": 1})
+    with pytest.raises(ValueError, match="cannot be projected"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.randn(7, 5))]})
+    before = [p.detach().clone() for p in (a, b, frozen)]
+    (a.square().sum() + (b * frozen).sum()).backward()
+    optimizer.step()
+    assert [torch.equal(p, q) for p, q in zip((a, b, frozen), before)] == [False, False, True]
+    del optimizer
+    a.square().sum().backward()
+    assert torch.equal(a.grad, 2 * a)
 
 
 def test_projected_gradients_are_averaged_over_processes(tmp_path):

@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import sysconfig
 import time
+import weakref
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -51,27 +52,27 @@ class ProjFactor(torch.optim.Optimizer):
     torch.distributed the projections are averaged over processes (the same seed everywhere): n M numbers instead of n m. Every
     backward until step() adds one micro-batch.
     State: tensors and ints only, so a checkpoint loads with weights_only=True; per matrix 4 (n M + n + m) bytes.
-    Raises ValueError naming the parameter whose shape does not fit.
+    Raises ValueError naming the shape that does not fit.
     Source: arXiv:2505.01744 and its released code (eps outside the root, against the second moment as it is); weight decay comes before
     the update, released after it."""
 
     def __init__(self, params, lr=1e-4, rank=1, granularity=64, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, proj_every=200, seed=0,
                  basis="normal", scheme="projfactor", at_refresh="keep", max_norm=None):
-        if lr < 0 or eps <= 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas) or proj_every < 1:
-            raise ValueError(f"want lr, weight_decay >= 0, eps > 0, betas in [0, 1), proj_every >= 1, got {lr}, {weight_decay}, {eps}, "
-                             f"{betas}, {proj_every}")
-        for name, value, known in (("basis", basis, BASES), ("scheme", scheme, SCHEMES), ("at_refresh", at_refresh, ("keep", "reset"))):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        self.max_norm, self.norm, self.skipped, self.index = max_norm, 0.0, 0, {}
         super().__init__(params, dict(lr=lr, rank=rank, granularity=granularity, betas=betas, eps=eps, weight_decay=weight_decay,
                                       proj_every=proj_every, seed=seed, basis=basis, scheme=scheme, at_refresh=at_refresh))
-        self.max_norm, self.norm, self.skipped, self.index = max_norm, 0.0, 0, {}
-        for number, group in enumerate(self.param_groups):
-            for p in group["params"]:
-                self.index[p] = len(self.index), number  # groups by number: loading a state makes new ones
-                if projected(p, group):
-                    view_shape(p, group)  # refuses what does not fit
-                    p.register_post_accumulate_grad_hook(self.take)
+
+    def add_param_group(self, param_group):
+        """As torch's; __init__ adds its groups by it. Raises ValueError for settings or shapes that cannot be."""
+        check_group(self.defaults | param_group)
+        super().add_param_group(param_group)
+        group, take = self.param_groups[-1], weakref.WeakMethod(self.take)
+        for p in group["params"]:
+            self.index[p] = len(self.index), len(self.param_groups) - 1  # groups by number: loading a state makes new ones
+            if projected(p, group):
+                view_shape(p, group)  # refuses what does not fit
+                if p.requires_grad:  # an optimizer that is gone takes nothing more
+                    p.register_post_accumulate_grad_hook(lambda p: take() and take()(p))
 
     def groups(self):
         """Each parameter with its group."""
@@ -194,6 +195,17 @@ class ProjFactor(torch.optim.Optimizer):
 def state_bytes(optimizer) -> int:
     """Bytes of all tensors of an optimizer's state, but for its count of steps."""
     return sum(x.nbytes for state in optimizer.state.values() for name, x in state.items() if torch.is_tensor(x) and name != "step")
+
+
+def check_group(group):
+    """Raises ValueError for settings of a parameter group that cannot be."""
+    lr, eps, weight_decay, betas, proj_every = (group[name] for name in ("lr", "eps", "weight_decay", "betas", "proj_every"))
+    if lr < 0 or eps <= 0 or weight_decay < 0 or not all(0 <= b < 1 for b in betas) or proj_every < 1:
+        raise ValueError(f"want lr, weight_decay >= 0, eps > 0, betas in [0, 1), proj_every >= 1, got {lr}, {weight_decay}, {eps}, "
+                         f"{betas}, {proj_every}")
+    for name, known in (("basis", BASES), ("scheme", SCHEMES), ("at_refresh", ("keep", "reset"))):
+        if group[name] not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {group[name]!r}")
 
 
 def projected(p, group) -> bool:
