@@ -1,346 +1,420 @@
 """KV eviction that frees real memory, after the prompt or already while it is read in chunks.
 
-Post-fill eviction reads the whole prompt and then drops entries: memory peaks at the prompt. Chunked eviction drops after
-every chunk, in each layer before the next one runs, and the next chunk meets only the survivors. Most rules judge a chunk by
-its last queries, which know nothing of the question at the prompt's end; *patching* appends the prompt's last tokens to
-each chunk, lets them judge it, and drops them again.
+Post-fill eviction reads the whole prompt and then drops entries: memory peaks at the prompt.
+Chunked eviction drops after every chunk, in each layer before the next one runs, and the next chunk
+meets only the survivors. Most rules judge a chunk by its last queries, which know nothing of the
+question at the prompt's end; *patching* appends the prompt's last tokens to each chunk, lets them
+judge it, and drops them again.
 
-Paper: "Cache Me If You Can", arXiv:2506.17121, sections 2 and 3. Rules: StreamingLLM 2309.17453, SnapKV 2404.14469,
-PyramidKV 2406.02069, H2O 2306.14048, TOVA 2401.06104, key norms 2406.11430, DuoAttention 2410.10819, Locret 2410.01805.
+Paper: "Cache Me If You Can", arXiv:2506.17121, sections 2 and 3. Rules: StreamingLLM 2309.17453,
+SnapKV 2404.14469, PyramidKV 2406.02069, H2O 2306.14048, TOVA 2401.06104, key norms 2406.11430,
+DuoAttention 2410.10819, Locret 2410.01805.
 
     cache = make_cache(model, "snapkv", keep=0.25, chunk=4096, patch=True)
     generate(model, tokens, 100, cache=cache)
 
-    python evict.py                       # what each policy holds of a 2048-token prompt
-    python evict.py --model DIR --policy snapkv --keep 0.25 --length 8192 --chunk 512       # one policy, with peak memory
+    python evict.py                                          # what each policy holds of a prompt
+    python model.py --model DIR --prompt TEXT --policy snapkv --budget 256
+    python train.py --method locret                          # learns Locret's scorer
 """
-import json
 import math
 import os
-import subprocess
-import sys
-import time
-from dataclasses import dataclass, fields
-from fractions import Fraction
+from dataclasses import asdict, dataclass, fields
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
-from attention_triton import attention, column_sums
-from model import DTYPES, KVCache, Llama, LlamaConfig, flag, generate, load_model, parse, peak_memory, rope, rotate, run, save_plot
+from attention_triton import attention
+from model import (Everything, KVCache, Llama, LlamaConfig, Method, flag, generate, load_heads,
+                   parse, rope, rotate, rounded, run, write_tensors)
 
-# --- which entries a rule prefers -------------------------------------------------------------------------------------
-# Each takes what the cache knows of some KV heads of one layer and returns scores (heads, n), higher = keep:
-# q (R, heads, G, D) the last R queries, q_pos (R,); k (heads, n, D) the entries, pos (heads, n).
+# --- rules ---------------------------------------------------------------------------------------
+# A rule says what a KV head stores. `takes` names the settings that it reads, `sweep` the settings
+# for keeping a share of a prompt. Most give every candidate a score: higher is kept.
 
-def window_scores(q, q_pos, k, pos, n_scored, pool="avg", kernel=5, reduce="mean"):
-    """SnapKV: attention that the last queries pay to each of the first n_scored entries, smoothed along the sequence.
+class Full(Everything):
+    """Everything."""
+    takes = ()
 
-    avg pooling counts the zeros beyond the edges, as the released code does: the first and last tokens score lower.
-    reduce joins the query heads of a KV head after pooling: mean (the same ranking as their sum) or max."""
-    weights = column_sums(q, q_pos, k, pos, len(q))[..., :n_scored]  # (heads, G, n_scored)
-    if n_scored:
-        smooth = F.avg_pool1d if pool == "avg" else F.max_pool1d
-        weights = smooth(weights, kernel, stride=1, padding=kernel // 2)
-    return weights.mean(1) if reduce == "mean" else weights.amax(1)  # (heads, n_scored)
+    def __init__(self, settings):
+        self.settings = settings
 
+    @staticmethod
+    def sweep(share, length):
+        """Settings that keep a share of a prompt of `length` tokens; None: there is nothing to."""
 
-def heavy_hitter_scores(q, q_pos, k, pos):
-    """H2O: attention that each entry receives from *all* queries of the step; (heads, n)."""
-    return column_sums(q, q_pos, k, pos, len(q)).sum(1)
-
-
-def last_query_scores(q, q_pos, k, pos):
-    """TOVA: the last query's attention, averaged over all heads: one ranking for the whole layer."""
-    return column_sums(q[-1:], q_pos[-1:], k, pos, 1).mean((0, 1)).expand(k.shape[:2])
+    def spread(self, config):
+        """The rule of each layer and KV head."""
+        return [[self] * config.n_kv_head] * config.n_layer
 
 
-def norm_scores(k):
-    """Keys k (heads, n, D) of small norm draw much attention: the smallest are kept."""
-    return -k.float().norm(dim=-1)
+class Ring(Full):
+    """The sink and a window; entries have their true positions."""
+    takes = ("sink", "window")
+
+    def __init__(self, settings):
+        super().__init__(settings)
+        self.sink = 128 if settings.sink is None else settings.sink
+        self.window = settings.window or 1024
+
+    def room(self, layer, held, chunks, new):
+        return self.sink + self.window
+
+
+class Streaming(Ring):
+    """The same for every head, positions counted inside the cache, as StreamingLLM has it."""
+    takes = ("sink", "window", "budget")
+    shift = True
+
+    def __init__(self, settings):
+        super().__init__(settings)
+        if settings.budget is not None:  # entries held after a step: sink + window - 1
+            self.window = settings.budget - self.sink + 1
+        if self.window < 1:
+            raise ValueError(f"a budget of {settings.budget} has no room for a sink of {self.sink}")
+
+    @staticmethod
+    def sweep(share, length):
+        return dict(budget=round(share * length))
+
+
+class Heads(Full):
+    """A mask, as PruLong learns it: streaming heads hold a ring, the others what `full` says."""
+    takes = ("heads", "sink", "window", "full", "budget", "keep", "obs_window", "patch", "recent",
+             "pool", "kernel")
+
+    def spread(self, config):
+        mask = self.settings.heads
+        shape = config.n_layer, config.n_kv_head
+        if mask is None or tuple(mask.shape) != shape:
+            raise ValueError(f"policy heads needs a mask of {shape} heads")
+        ring, full = Ring(self.settings), RULES[self.settings.full](self.settings)
+        return [[full if x else ring for x in layer] for layer in mask.tolist()]
+
+
+class Rule(Full):
+    """Keeps the best of each chunk, judged once; decoding adds, or evicts every decode_every."""
+    takes = ("budget", "keep", "sink", "recent", "decode_every", "decode_budget")
+    total = False  # judge everything that is held, after every step
+
+    def __init__(self, settings):
+        super().__init__(settings)
+        if (settings.budget is None) == (settings.keep is None):
+            raise ValueError(f"policy {settings.policy} needs either a budget or keep")
+        if settings.decode_every and not self.total and self.decode_budget() is None:
+            raise ValueError("decode_every with keep needs decode_budget")
+        self.every = settings.decode_every
+        self.every_token = self.total or bool(self.every)
+
+    @staticmethod
+    def sweep(share, length):
+        return dict(keep=share)
+
+    def score(self, step):
+        """(heads, n) of the candidates: entries step.first .. of step.keys, without the patch."""
+        raise NotImplementedError
+
+    def keep(self, step):
+        due = not step.decoding or (self.every and (step.seen + 1) % self.every == 0)
+        if not due and not self.total:
+            return None
+        if self.total or step.decoding:
+            step.first = 0
+        end = step.keys.shape[1] - step.n_patch
+        scores = self.score(step)
+        if not due:
+            return torch.arange(end, device=scores.device).expand(len(scores), -1)
+        positions = step.key_positions[0, step.first:end]
+        n_sink = int((positions < (self.settings.sink or 0)).sum())
+        budget = self.budget(step, end - step.first)
+        return step.first + select(scores, budget, n_sink, self.recent(step, budget))
+
+    def budget(self, step, n) -> int:
+        """Entries to keep of n candidates."""
+        if step.decoding and self.decode_budget() is not None:
+            return self.decode_budget()
+        return self.share(step.seen + step.n_new if self.total else n)
+
+    def decode_budget(self):
+        s = self.settings
+        return s.budget if s.decode_budget is None else s.decode_budget
+
+    def share(self, n) -> int:
+        keep = self.settings.keep
+        if keep is None:
+            return self.settings.budget
+        return math.floor(keep * n + 1e-9)  # 0.29 * 100 is 29 although floats say 28.999...
+
+    def recent(self, step, budget) -> int:
+        """Last candidates that come before all others."""
+        if self.settings.recent is not None:
+            return self.settings.recent
+        return 0 if step.n_patch else self.settings.obs_window
+
+    def room(self, layer, held, chunks, new):
+        return rounded(held + sum(min(n, self.share(n)) for n in chunks) + new)
+
+
+class SnapKV(Rule):
+    """What the chunk's last queries attend to, smoothed, and these tokens themselves."""
+    takes = Rule.takes + ("obs_window", "patch", "pool", "kernel")
+
+    def __init__(self, settings):
+        super().__init__(settings)
+        self.n_queries = settings.obs_window if settings.decode_every else 0
+
+    def score(self, step):
+        s, n = self.settings, step.keys.shape[1] - step.first
+        n_rows = step.n_patch or min(s.obs_window, len(step.q))
+        paid = attention_paid(step, n_rows, step.first)[..., :n - n_rows]
+        if paid.shape[2]:
+            smooth = F.avg_pool1d if s.pool == "avg" else F.max_pool1d
+            paid = smooth(paid, s.kernel, stride=1, padding=s.kernel // 2)
+        return F.pad(paid.mean(1), (0, 0 if step.n_patch else n_rows))
+
+
+class PyramidKV(SnapKV):
+    """SnapKV with budgets that fall from the first layer to the last."""
+
+    def budget(self, step, n):
+        cap = super().budget(step, n)
+        if step.decoding:
+            return cap
+        w = step.n_patch  # the released schedule counts the patch in and out again
+        window = w or self.settings.obs_window
+        return pyramid_budget(step.layer, step.n_layer, cap + w, window, n + w) - w
+
+    def room(self, layer, held, chunks, new):
+        most = sum(min(n, 2 * self.share(n)) for n in chunks)
+        return rounded(held + most + new)
+
+
+class KeyNorm(Rule):
+    """Keys of small norm draw much attention: the smallest are kept."""
+    takes = Rule.takes + ("obs_window",)
+
+    def score(self, step):
+        end = step.keys.shape[1] - step.n_patch
+        return -step.keys[:, step.first:end].float().norm(dim=-1)
+
+
+class Random(Rule):
+    """A baseline."""
+
+    def score(self, step):
+        n = step.keys.shape[1] - step.n_patch - step.first
+        return torch.rand(len(step.keys), n, generator=step.rng).to(step.keys.device)
+
+    def recent(self, step, budget):
+        return self.settings.recent or 0
+
+
+class TotalRule(Rule):
+    """A budget in all, chosen anew after every chunk and every decoded token."""
+    total = True
+
+    def __init__(self, settings):
+        super().__init__(settings)
+        self.every = settings.decode_every or 1
+
+    @staticmethod
+    def sweep(share, length):
+        return dict(budget=max(1, round(share * length)))
+
+    def room(self, layer, held, chunks, new):
+        n = held + sum(chunks) + new
+        kept = max(self.share(n), self.decode_budget() or 0)
+        return rounded(min(n, kept) + min(new, self.every or new) + 1)
+
+
+class H2O(TotalRule):
+    """Half of the budget the latest, half what has received most attention of all queries."""
+    takes = Rule.takes + ("patch",)
+
+    def score(self, step):
+        step.note += attention_paid(step, len(step.q), 0).sum(1)
+        return step.note[:, :step.keys.shape[1] - step.n_patch]
+
+    def recent(self, step, budget):
+        return budget // 2 if self.settings.recent is None else self.settings.recent
+
+
+class TOVA(TotalRule):
+    """What the last query attends to, on average over all heads: one ranking for the layer."""
+    takes = Rule.takes + ("patch",)
+
+    def score(self, step):
+        paid = attention_paid(step, 1, 0).mean((0, 1))[:step.keys.shape[1] - step.n_patch]
+        return paid.expand(len(step.keys), -1)
+
+    def recent(self, step, budget):
+        return self.settings.recent or 0
+
+
+class Locret(TotalRule):
+    """A trained scorer judges each token once and for all by its own q, k, v."""
+    takes = Rule.takes + ("obs_window", "scorer")
+
+    def __init__(self, settings):
+        super().__init__(settings)
+        if settings.scorer is None or settings.policy != "locret":
+            raise ValueError("policy locret needs a trained scorer, for all heads of a layer")
+        self.every = settings.decode_every
+
+    def score(self, step):
+        start = step.keys.shape[1] - len(step.q)
+        q = unrotate(step.q, step.positions, self.settings.scorer.config)
+        k = unrotate(step.k, step.positions, self.settings.scorer.config)
+        step.note[:, start:] = self.settings.scorer(step.layer, q, k, step.v).T.float()
+        return step.note[:, :step.keys.shape[1] - step.n_patch]
+
+    def recent(self, step, budget):
+        """Its "stabilizers" (released: 2500), until the prompt has been read."""
+        if self.settings.recent is not None:
+            return self.settings.recent
+        return 0 if step.final and not step.decoding else self.settings.obs_window
+
+
+RULES = {"full": Full, "streaming": Streaming, "snapkv": SnapKV, "pyramidkv": PyramidKV,
+         "h2o": H2O, "tova": TOVA, "knorm": KeyNorm, "random": Random, "heads": Heads,
+         "locret": Locret}
+
+
+@torch.no_grad()
+def attention_paid(step, n_rows, first):
+    """softmax(q k^T / sqrt(D)) over entries from `first` on, summed over the step's last n_rows
+    queries: float32 (heads, G, n). A query sees entries at positions up to its own."""
+    q = step.q[-n_rows:].float() * step.q.shape[-1] ** -0.5  # (R, heads, G, D)
+    last = int(step.positions[-1])
+    rows = torch.arange(last + 1 - n_rows, last + 1, device=q.device)
+    keys, total = step.keys[:, first:].float().mT, 0  # (heads, D, n)
+    positions = step.key_positions[:, None, None, first:]
+    for part, own in zip(q.split(64), rows.split(64)):  # a block at a time: scores stay small
+        flat = part.permute(1, 2, 0, 3).flatten(1, 2)  # (heads, G * R, D)
+        scores = (flat @ keys).unflatten(1, (q.shape[2], -1))  # (heads, G, R, n)
+        scores = scores.masked_fill_(positions > own[:, None], -math.inf)
+        total = total + torch.softmax(scores, -1, out=scores).sum(2)
+    return total
 
 
 def select(scores, budget, first=0, last=0):
     """Indices (heads, min(budget, n)), ascending, of the entries to keep of scores (heads, n).
 
-    The first `first` and last `last` entries come before all others; if not even they fit, the last ones win. Equal scores:
-    the earlier entry."""
+    The first `first` and last `last` entries come before all others; if not even they fit, the
+    last ones win. Equal scores: the earlier entry."""
     n = scores.shape[1]
     budget = min(budget, n)
     last = min(last, budget)
-    first = min(first, budget - last)
     scores = scores.clone()
-    scores[:, :first] = math.inf
+    scores[:, :min(first, budget - last)] = math.inf
     scores[:, n - last:] = math.inf
-    return scores.sort(dim=1, descending=True, stable=True).indices[:, :budget].sort(dim=1).values
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    return order[:, :budget].sort(dim=1).values
 
 
-def pyramid_budgets(cap, window, n_layer, n, beta=20, exact=False):
-    """PyramidKV's budgets by layer for a mean of `cap` of n tokens: the first layer keeps most, the last least.
-
-    cap and the result count the window. As released: everything if n < cap, uniform if n < 2 (cap - window), and a step
-    rounded down, which makes the total overshoot a little; `exact` spreads the remainder so that the sum is n_layer * cap."""
+def pyramid_budget(layer, n_layer, cap, window, n, beta=20) -> int:
+    """PyramidKV's budget of a layer for a mean of `cap` of n tokens, both with the window. As
+    released: everything if n < cap, uniform if n < 2 (cap - window), and a step rounded down."""
     k = cap - window
     if n < cap:
-        return [n] * n_layer
+        return n
     if k <= 0 or n_layer == 1 or n < 2 * k:
-        return [cap] * n_layer
-    low = Fraction(k, beta) if exact else k // beta
+        return cap
+    low = k // beta
     high = 2 * k - low
     if high >= n - window:
         low, high = 2 * k - (n - window), n - window
-    if not exact:
-        step = (high - low) // (n_layer - 1)
-        return [high - layer * step + window for layer in range(n_layer)]
-    ideal = [high - layer * (high - low) / Fraction(n_layer - 1) for layer in range(n_layer)]
-    budgets = [math.floor(x) for x in ideal]
-    by_remainder = sorted(range(n_layer), key=lambda layer: (budgets[layer] - ideal[layer], layer))
-    for layer in by_remainder[:k * n_layer - sum(budgets)]:
-        budgets[layer] += 1
-    return [b + window for b in budgets]
+    return high - layer * ((high - low) // (n_layer - 1)) + window
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------
+# --- a cache for a policy ------------------------------------------------------------------------
 
-CHUNK_RULES = ("snapkv", "pyramidkv", "knorm", "random")  # judge each step's tokens once; survivors stay, decoding adds
-TOTAL_RULES = ("h2o", "tova", "locret")  # choose anew among everything held, after every step
-POLICIES = ("full", "streaming", "heads", *CHUNK_RULES, *TOTAL_RULES)
-ATTENTION_RULES = ("snapkv", "pyramidkv", "h2o", "tova")  # judge by queries: what patching can help
-
-
-@dataclass(frozen=True)
-class Eviction:
-    """What make_cache takes. Raises ValueError for settings that exclude each other or mean nothing to the policy."""
-    policy: str = flag("full", "which entries to keep", choices=POLICIES)
-    budget: int | None = flag(None, "entries kept per KV head: of each chunk (snapkv pyramidkv knorm random) or in all (h2o tova "
-                                    "locret streaming) [tokens]", low=0)
-    keep: float | None = flag(None, "instead of budget: share kept of each chunk, or of all tokens so far", low=0, high=1)
-    chunk: int | None = flag(None, "prefill so many tokens at a time; by default all at once", low=1)
-    sink: int | None = flag(None, "first tokens always kept (default: 128 for streaming and heads, 0 for the others)", low=0)
-    window: int | None = flag(None, "streaming, heads: last tokens seen, the query's own included (default: 1024)", low=1)
-    obs_window: int = flag(64, "last queries that judge a chunk [tokens]", low=1)
-    recent: int | None = flag(None, "last entries kept before all others (default: obs_window for snapkv pyramidkv knorm locret, "
-                                    "half the budget for h2o, 0 for tova random)", low=0)
+@dataclass
+class Flags:
+    policy: str = flag("full", "which entries to keep", choices=RULES)
+    budget: int | None = flag(None, "entries kept per KV head: of each chunk (snapkv pyramidkv "
+                                    "knorm random) or in all (h2o tova locret streaming)", least=0)
+    keep: float | None = flag(None, "instead of budget: share of a chunk, or of all", least=0)
+    chunk: int | None = flag(None, "prefill so many tokens at a time (default: all)", least=1)
+    sink: int | None = flag(None, "first tokens always kept (default: 0, streaming and heads 128)",
+                            least=0)
+    window: int | None = flag(None, "streaming, heads: last tokens seen, the query's own included "
+                                    "(default: 1024)", least=1)
+    obs_window: int = flag(64, "last queries that judge a chunk [tokens]", least=1)
+    recent: int | None = flag(None, "last entries kept before all others (default: obs_window for "
+                                    "snapkv pyramidkv knorm locret, half of h2o's budget)", least=0)
     patch: bool = flag(False, "let the prompt's last obs_window tokens judge every chunk")
-    patch_pos: str = flag("chunk", "positions of those tokens: right after the chunk (as released) or their true ones",
-                          choices=("chunk", "true"))
-    pool: str = flag("avg", "smoothing of window scores; SnapKV's LongBench runs: max with kernel 7", choices=("avg", "max"))
-    kernel: int = flag(5, "its width [tokens], odd", low=1)
-    reduce: str = flag("mean", "joins the query heads of a KV head", choices=("mean", "max"))
-    norm: str = flag("chunk", "keys that share the window's softmax: the chunk's (as released) or all", choices=("chunk", "all"))
-    exact: bool = flag(False, "pyramidkv: layer budgets that sum up exactly instead of the released rounding")
-    decode_every: int | None = flag(None, "evict again every so many new tokens (default: 1 for h2o tova, else never)", low=1)
-    decode_budget: int | None = flag(None, "entries left by that (default: budget) [tokens]", low=0)
-    seed: int = flag(0, "of policy random", low=0)
+    pool: str = flag("avg", "smoothing of snapkv's scores", choices=("avg", "max"))
+    kernel: int = flag(5, "its width [tokens], odd", least=1)
+    decode_every: int | None = flag(None, "evict again every so many new tokens (default: 1 for "
+                                          "h2o tova, else never)", least=1)
+    decode_budget: int | None = flag(None, "entries left by that (default: budget)", least=0)
+    heads: str | None = flag(None, "mask of the heads that stay full (TSV); sets --policy heads")
+    sparsity: float | None = flag(None, "rank that file's scores to this share of streaming heads")
+    full: str = flag("full", "heads: rule of the heads that stay full", choices=RULES)
+    scorer: str | None = flag(None, "locret: scorer.safetensors of train.py --method locret")
 
     def __post_init__(self):
-        put = lambda name, value: object.__setattr__(self, name, value) if getattr(self, name) is None else None
-        by_position = self.policy in ("streaming", "heads")
-        if self.policy in ("full", "heads") and (self.budget, self.keep) != (None, None):
-            raise ValueError(f"policy {self.policy} takes neither budget nor keep")
-        if self.policy in CHUNK_RULES + TOTAL_RULES and (self.budget is None) == (self.keep is None):
-            raise ValueError(f"policy {self.policy} needs either budget or keep, got {self.budget} and {self.keep}")
-        if self.policy == "streaming" and self.keep is not None:
-            raise ValueError("policy streaming takes sink and window, or a budget, not keep")
-        if self.policy == "streaming" and self.budget is not None and self.window is not None:
-            raise ValueError("policy streaming takes a window or a budget, not both")
-        put("sink", 128 if by_position else 0)
-        if self.policy == "streaming" and self.budget is not None and self.budget < self.sink:
-            raise ValueError(f"policy streaming: a budget of {self.budget} has no room for the sink of {self.sink}")
-        if self.policy == "streaming" and self.budget is not None:  # entries held after a step: sink + window - 1
-            put("window", self.budget - self.sink + 1)
-        put("window", 1024)
-        for f in fields(self):  # the same bounds as on the command line
-            value, low, high, choices = getattr(self, f.name), f.metadata["low"], f.metadata["high"], f.metadata["choices"]
-            if choices and value not in choices:
-                raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
-            if value is not None and low is not None and not low <= value <= (math.inf if high is None else high):
-                raise ValueError(f"{f.name} must be >= {low}{'' if high is None else f' and <= {high}'}, got {value}")
-        if self.kernel % 2 == 0:
-            raise ValueError(f"kernel must be odd, got {self.kernel}")
-        if self.patch and self.policy not in ATTENTION_RULES:
-            raise ValueError(f"policy {self.policy} does not look at queries: patch means nothing to it")
-        if self.policy in ("h2o", "tova"):
-            put("decode_every", 1)
-        if self.decode_every and (by_position or self.policy == "full"):
-            raise ValueError(f"policy {self.policy} takes no decode_every")
-        if self.decode_every and self.policy in CHUNK_RULES:
-            put("decode_budget", self.budget)
-            if self.decode_budget is None:
-                raise ValueError("decode_every with keep needs decode_budget")
+        if self.heads is not None and self.policy == "full":
+            self.policy = "heads"
+
+    def cache(self, model, seed=0, batch=1):
+        """The cache of these flags; reads the files that they name."""
+        settings = asdict(self)
+        sparsity = settings.pop("sparsity")
+        if self.heads is not None:
+            settings["heads"] = load_heads(self.heads, sparsity)
+        if self.scorer is not None:
+            settings["scorer"] = load_scorer(self.scorer, model.config)
+        return make_cache(model, batch=batch, seed=seed, **settings)
 
 
-def make_cache(model, policy="full", *, heads=None, scorer=None, **settings):
-    """A KVCache for one sequence that evicts by `policy`. settings are Eviction's fields.
+def make_cache(model, policy="full", batch=1, seed=0, **settings) -> KVCache:
+    """A KVCache for `batch` sequences that evicts by `policy`, a name in RULES.
 
-    heads: bool (n_layer, n_kv_head), True = full cache, for policy heads. scorer: a LocretScorer, for policy locret.
-    Raises ValueError as Eviction does, or if heads or scorer are missing, unwanted or of another shape."""
-    shape = (model.config.n_layer, model.config.n_kv_head)
-    if (heads is not None) != (policy == "heads") or heads is not None and tuple(heads.shape) != shape:
-        raise ValueError(f"policy heads, and no other, needs a mask of {shape} heads, got "
-                         f"{None if heads is None else tuple(heads.shape)} for policy {policy}")
-    if (scorer is not None) != (policy == "locret"):
-        raise ValueError("policy locret, and no other, needs a trained scorer")
-    return EvictingCache(model, Eviction(policy, **settings), heads, scorer)
-
-
-# --- the cache that evicts --------------------------------------------------------------------------------------------
-
-class EvictingCache(KVCache):
-    """A KVCache that drops entries of a layer right after that layer has attended."""
-
-    def __init__(self, model, settings: Eviction, heads=None, scorer=None):
-        super().__init__(model, settings.chunk)
-        self.settings, self.scorer = settings, scorer
-        self.full = torch.zeros_like(self.held, dtype=torch.bool) if heads is None else heads.bool().cpu()
-        self.decoding, self.n_decoded = True, 0
-        self.n_patch, self.final = 0, True  # of the step at hand: patch tokens at its end; is it the prompt's last?
-        self.notes = {}  # layer -> a float per entry of each KV head: attention summed so far (h2o), the scorer's word (locret)
-        self.queries = {}  # layer -> the last obs_window queries, to judge by while decoding
-        self.rng = torch.Generator().manual_seed(settings.seed)
-
-    def prefill(self, model, tokens, chunk=None):
-        """Chunk by chunk. With patching, every chunk but the last is followed by the prompt's last obs_window tokens, which
-        judge it and leave no trace; the last chunk ends in them anyway."""
-        parts, self.decoding = tokens.split(chunk or self.chunk or len(tokens)), False
-        start = self.seen
-        for i, part in enumerate(parts):
-            self.final = i == len(parts) - 1
-            tail = tokens[-self.settings.obs_window:] if self.settings.patch and not self.final else tokens[:0]
-            self.n_patch = len(tail)
-            positions = self.next_positions(len(part) + len(tail))
-            if self.settings.patch_pos == "true":
-                positions[len(part):] = start + torch.arange(len(tokens) - len(tail), len(tokens))
-            hidden = model.hidden(torch.cat((part, tail)), self.attend, positions.to(part.device))
-        self.decoding, self.n_patch = True, 0
-        return hidden[-1]
-
-    def end_step(self, n_new):
-        super().end_step(n_new - self.n_patch)
-        self.n_decoded += self.decoding * n_new
-
-    def evict(self, layer, q, k, v):
-        """What this layer keeps: k, v (T, n_kv_head, D) are the step's own entries, already part of what is held."""
-        if self.settings.policy in ("streaming", "heads"):
-            self.evict_by_position(layer, len(k))
-        elif self.settings.policy != "full":
-            self.evict_by_score(layer, q.unflatten(1, (k.shape[1], -1)), k, v)  # q (T, n_kv_head, G, D)
-
-    def evict_by_position(self, layer, n_new):
-        """Streaming heads keep the sink and what the next query's window shows; full heads keep all."""
-        if self.full[layer].all():
-            return
-        kept = []
-        for h, full in enumerate(self.full[layer].tolist()):
-            pos = self.positions(layer, h)
-            seen = (pos < self.settings.sink) | (pos > self.seen + n_new - self.settings.window)
-            kept.append((seen | full).nonzero()[:, 0])
-        self.keep(layer, kept)
-
-    def evict_by_score(self, layer, q, k, v):
-        """q (T, n_kv_head, G, D). Candidates are this step's tokens, or all that is held; a patch always goes."""
-        s, n_new = self.settings, len(k)
-        if s.decode_every:
-            self.queries[layer] = torch.cat((self.queries.get(layer, q[:0]), q[:n_new - self.n_patch]))[-s.obs_window:]
-        due = not self.decoding or s.decode_every and (self.n_decoded + 1) % s.decode_every == 0
-        if not due and s.policy in CHUNK_RULES:
-            return
-        kept = [None] * k.shape[1]
-        for slab in self.slabs[layer]:
-            first = 0 if self.decoding or s.policy in TOTAL_RULES else slab.n - n_new
-            n = slab.n - self.n_patch - first  # candidates
-            scores = self.scores(layer, slab, q, k, v, first, n)  # (heads, n)
-            index = torch.arange(n).expand(len(slab.heads), n)
-            if due:
-                budget = self.budget_at(layer, n, self.seen + n_new - self.n_patch)
-                n_sink = int((slab.pos[0, first:first + n] < s.sink).sum())
-                index = select(scores, budget, n_sink, self.recent_at(budget)).cpu()
-            for i, h in enumerate(slab.heads):
-                kept[h] = torch.cat((torch.arange(first), first + index[i]))
-                if layer in self.notes:
-                    self.notes[layer][h] = self.notes[layer][h][kept[h]]
-        if any(len(kept[h]) < slab.n for slab in self.slabs[layer] for h in slab.heads):
-            self.keep(layer, kept)
-
-    def budget_at(self, layer, n, so_far) -> int:
-        """Entries to keep of n candidates in this layer, when the sequence has so_far tokens with this step's."""
-        s = self.settings
-        if self.decoding and s.decode_budget is not None:
-            return s.decode_budget
-        if s.keep is not None:
-            # 1e-9: 0.29 * 100 is 29 although floats say 28.999...
-            cap = math.floor(s.keep * (n if s.policy in CHUNK_RULES else so_far) + 1e-9)
-        else:
-            cap = s.budget
-        if s.policy != "pyramidkv" or self.decoding:
-            return cap
-        w = self.n_patch  # the released schedule counts the patch in and out again
-        return pyramid_budgets(cap + w, w or s.obs_window, self.config.n_layer, n + w, exact=s.exact)[layer] - w
-
-    def recent_at(self, budget) -> int:
-        """Last candidates that are kept before all others."""
-        s = self.settings
-        if s.recent is not None:
-            return s.recent
-        if s.policy == "h2o":
-            return budget // 2
-        if s.policy == "locret":
-            return 0 if self.final and not self.decoding else s.obs_window  # its "stabilizers" (released: 2500), until the prompt is read
-        return 0 if s.policy in ("tova", "random") or self.n_patch else s.obs_window
-
-    def scores(self, layer, slab, q, k, v, first, n):
-        """The policy's scores (heads, n) of a slab's entries first : first + n."""
-        s, heads = self.settings, slab.heads
-        keys, pos = slab.k[:, :slab.n], slab.pos[:, :slab.n]
-        if s.policy == "knorm":
-            return norm_scores(keys[:, first:first + n])
-        if s.policy == "random":
-            return torch.rand(len(heads), n, generator=self.rng).to(k.device)
-        if s.policy == "locret":
-            said = self.scorer(layer, unrotate(q, self.config, self.seen), unrotate(k[:, :, None], self.config, self.seen)[:, :, 0], v)
-            return self.note(layer, heads, said.T[heads].float(), add=False)
-        end = self.seen + len(q)
-        if s.policy == "snapkv" or s.policy == "pyramidkv":
-            if self.decoding:
-                q = self.queries[layer]
-            n_rows = self.n_patch or min(s.obs_window, len(q))
-            start = first if s.norm == "chunk" else 0  # keys from here on share the softmax
-            n_scored = max(0, n + first - start - (0 if self.n_patch else n_rows))  # the window itself is not scored
-            scores = window_scores(q[-n_rows:, heads], torch.arange(end - n_rows, end, device=q.device), keys[:, start:],
-                                   pos[:, start:], n_scored, s.pool, s.kernel, s.reduce)
-            return F.pad(scores, (0, first + n - start - n_scored))[:, first - start:]
-        q_pos = torch.arange(end - len(q), end, device=q.device)
-        if s.policy == "tova":
-            return last_query_scores(q[:, heads], q_pos, keys, pos)[:, :n]
-        return self.note(layer, heads, heavy_hitter_scores(q[:, heads], q_pos, keys, pos)[:, :n], add=True)
-
-    def note(self, layer, heads, fresh, add):
-        """Notes on all that these heads hold, (heads, n), with fresh ones added to the old or put behind them."""
-        notes = self.notes.setdefault(layer, [fresh.new_zeros(0) for _ in range(self.config.n_kv_head)])
-        for h, new in zip(heads, fresh):
-            notes[h] = new + F.pad(notes[h], (0, len(new) - len(notes[h]))) if add else torch.cat((notes[h], new))
-        return torch.stack([notes[h] for h in heads])
+    settings are Flags' fields, but heads is a bool (n_layer, n_kv_head), True = full cache, and
+    scorer a LocretScorer. Raises ValueError for settings that exclude each other, that the policy
+    does not read, or that miss what it needs."""
+    if policy not in RULES:
+        raise ValueError(f"unknown policy {policy!r}: one of {', '.join(RULES)}")
+    settings = Flags(policy=policy, **settings)
+    read = ("policy", "chunk", "obs_window", *RULES[policy].takes)
+    for f in fields(Flags):
+        value = getattr(settings, f.name)
+        changed = value is not None if f.default is None else value != f.default
+        if changed and f.name not in read:
+            raise ValueError(f"policy {policy} does not read {f.name}")
+    if settings.keep is not None and not 0 <= settings.keep <= 1 or settings.kernel % 2 == 0:
+        raise ValueError("keep must be in 0..1 and kernel odd")
+    rules = RULES[policy](settings).spread(model.config)
+    patch = settings.obs_window if settings.patch else 0
+    return KVCache(model, rules, batch, settings.chunk, patch, seed)
 
 
-# --- Locret: a trained scorer -------------------------------------------------------------------------------------------
+# --- Locret: a trained scorer --------------------------------------------------------------------
 
-def unrotate(x, config, start):
-    """x (T, n_kv_head, G, D) at positions start, start + 1, ... before RoPE was applied."""
-    cos, sin = rope(config, torch.arange(start, start + len(x), device=x.device), x.dtype)
-    return rotate(x, cos[:, None], -sin[:, None])
+def unrotate(x, positions, config):
+    """x (T, ..., D) at positions (T,) as it was before RoPE."""
+    cos, sin = rope(config, positions, x.dtype)  # (T, 1, D)
+    shape = len(x), *[1] * (x.dim() - 2), x.shape[-1]
+    return rotate(x, cos.view(shape), -sin.view(shape))
 
 
 class LocretScorer(nn.Module):
-    """Per layer a two-layer perceptron from a token's own q, k, v (before RoPE) to a score per KV head; causal, hence given
-    once and for all. Source: Locret, arXiv:2410.01805, and its released code (1024 hidden units, no biases)."""
+    """Per layer a perceptron from a token's q, k, v (before RoPE) to a score per KV head: causal,
+    hence given once and for all. Source: arXiv:2410.01805 and its released code."""
 
     def __init__(self, config, hidden=1024):
         super().__init__()
+        self.config = config
         width = (config.n_head + 2 * config.n_kv_head) * config.head_dim
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, hidden, bias=False), nn.SiLU(), nn.Linear(hidden, config.n_kv_head, bias=False))
-            for _ in range(config.n_layer))
+        self.layers = nn.ModuleList()
+        for _ in range(config.n_layer):
+            first = nn.Linear(width, hidden, bias=False)
+            last = nn.Linear(hidden, config.n_kv_head, bias=False)
+            self.layers.append(nn.Sequential(first, nn.SiLU(), last))
 
     def forward(self, layer, q, k, v):
         """q (T, n_kv_head, G, D), k, v (T, n_kv_head, D) -> (T, n_kv_head)."""
@@ -348,118 +422,106 @@ class LocretScorer(nn.Module):
         return self.layers[layer](x.to(self.layers[layer][0].weight.dtype))
 
 
+def load_scorer(path, config) -> LocretScorer:
+    """The scorer in a safetensors file, for a Llama of this config."""
+    tensors = load_file(path)
+    scorer = LocretScorer(config, len(tensors["layers.0.0.weight"]))
+    scorer.load_state_dict(tensors)
+    return scorer.requires_grad_(False)
+
+
+class LocretTraining(Method):
+    """Learns the scorer: it regresses, for each token of a context, the largest logit that any
+    query of the answer gives it. The answer is a document's last tokens."""
+
+    @dataclass
+    class Config:
+        hidden: int = flag(1024, "units of the scorer", least=1)
+        scorer_lr: float = flag(5e-4, "its peak learning rate", least=0)
+        n_answer: int = flag(64, "last tokens of a document, whose queries judge the rest", least=1)
+
+    def __init__(self, model, config, seed=0):
+        super().__init__(model, config)
+        model.requires_grad_(False)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.scorer = LocretScorer(model.config, config.hidden).to(model.head.device)
+
+    @classmethod
+    def defaults(cls, args, config):
+        return dict(from_scratch=False, seq_len=256, clip=0.5)
+
+    @classmethod
+    def frozen(cls, config):
+        return True
+
+    def param_groups(self, model, args):
+        return [dict(params=list(self.scorer.parameters()), lr=self.config.scorer_lr)]
+
+    def loss(self, model, batch, step, steps):
+        cu = batch.cu_seqlens.tolist()
+        docs = [batch.tokens[a:b] for a, b in zip(cu, cu[1:]) if b - a > self.config.n_answer]
+        if not docs:
+            raise ValueError(f"no document is longer than --n_answer {self.config.n_answer}")
+        losses = [locret_loss(model, self.scorer, doc, self.config.n_answer) for doc in docs]
+        return torch.stack(losses).mean(), {}
+
+    def before(self, model, data):
+        return {}
+
+    def rows(self, model, data, before, runs, out_dir):
+        """The loss of each run's scorer on one batch far behind those of training."""
+        rows, batch = [], data.batch(10 ** 9)
+        batch = batch._replace(tokens=batch.tokens.to(model.head.device))
+        for name, (method, m) in runs.items():
+            with torch.no_grad():
+                loss, _ = method.loss(m, batch, 0, 1)
+            rows.append((name, {"loss": loss.item()}))
+        return rows
+
+    def save(self, model, out_dir):
+        path = os.path.join(out_dir, "scorer.safetensors")
+        write_tensors(path, {k: v.contiguous() for k, v in self.scorer.state_dict().items()})
+        return [path]
+
+
 def locret_loss(model, scorer, tokens, n_answer):
-    """How far the scorer is from the largest logit that any of the last n_answer of tokens (N,) gives each earlier one: smooth L1,
-    plus 0.0025 times the squared difference of neighbours' scores; mean over layers. The model stays frozen."""
+    """Smooth L1 between the scorer and the largest logit that any of the last n_answer of tokens
+    (N,) gives each earlier one, plus 0.0025 times the squared difference of neighbours' scores;
+    mean over layers. The model stays frozen."""
     seen = []
 
     def watch(layer, q, k, v):
-        seen.append((q, k, v))
+        seen.append((q.unflatten(1, (k.shape[1], -1)), k, v))
         return attention(q, k, v, [0, len(q)], [0, len(q)])
     with torch.no_grad():
         model.hidden(tokens, watch)
     n, total = len(tokens) - n_answer, 0.0
-    for layer, (q, k, v) in enumerate(seen):
-        q = q.unflatten(1, (k.shape[1], -1))  # (N, n_kv_head, G, D)
+    positions = torch.arange(n, device=tokens.device)
+    for layer, (q, k, v) in enumerate(seen):  # q (N, n_kv_head, G, D)
         logits = torch.einsum("rhgd,nhd->rhgn", q[n:].float(), k[:n].float()) * q.shape[-1] ** -0.5
         target = logits.amax((0, 2)).T  # (n, n_kv_head)
-        got = scorer(layer, unrotate(q, model.config, 0)[:n], unrotate(k[:, :, None], model.config, 0)[:n, :, 0], v[:n]).float()
-        total = total + F.smooth_l1_loss(got, target) + 0.0025 * (got[1:] - got[:-1]).pow(2).mean()
+        q, k = (unrotate(x[:n], positions, model.config) for x in (q, k))
+        got = scorer(layer, q, k, v[:n]).float()
+        total = total + F.smooth_l1_loss(got, target) + 0.0025 * got.diff(dim=0).pow(2).mean()
     return total / len(seen)
 
 
-def train_locret(model, samples, hidden=1024, lr=5e-4, seed=0):
-    """A LocretScorer learned on samples, an iterable of (tokens (N,), n_answer). Returns it and the list of losses.
-
-    AdamW (0.9, 0.95), gradient norm at most 0.5, as released but without its 2000 steps of warm-up (3000 samples of up to 10240
-    tokens there)."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        scorer = LocretScorer(model.config, hidden).to(model.head.device)
-    optimizer, losses = torch.optim.AdamW(scorer.parameters(), lr=lr, betas=(0.9, 0.95)), []
-    for tokens, n_answer in samples:
-        loss = locret_loss(model, scorer, tokens, n_answer)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(scorer.parameters(), 0.5)
-        optimizer.step()
-        losses.append(loss.item())
-    return scorer, losses
-
-
-# --- demo ---------------------------------------------------------------------------------------------------------------
-
-@dataclass
-class Config:
-    model: str | None = flag(None, "folder of a Llama to run one --policy on; without it a table of all policies on a random one")
-    length: int = flag(2048, "prompt of random tokens", low=1, high=10 ** 7)
-    new: int = flag(16, "tokens to generate", low=1, high=10 ** 6)
-    dtype: str = flag("bfloat16", "of weights and cache", choices=tuple(DTYPES))
-    figure: str | None = flag(None, "with --model: SVG file of peak memory against budget, a process for each policy and share kept")
-
-
-def measure(model, tokens, new, cache) -> dict:
-    """Generate, and say what was held and how long it took."""
-    start = time.perf_counter()
-    generate(model, tokens, new, cache=cache)
-    entries = sum(slab.n * len(slab.heads) for slabs in cache.slabs for slab in slabs)
-    return {"entries_per_head": round(entries / cache.held.numel(), 1), "kv_bytes": cache.nbytes(),
-            "footprint": round(float(cache.footprint()), 4), "peak": round(float(cache.peak()), 4),
-            "seconds": round(time.perf_counter() - start, 2)}
-
-
-def compare_policies(length, new):
-    """A Markdown table of all policies on a small random Llama."""
-    config = LlamaConfig(vocab_size=256, n_layer=4, n_head=8, n_kv_head=4, n_embd=128, n_ff=256, head_dim=16)
-    model = Llama(config).init_weights(0)
-    tokens = torch.randint(256, (length,), generator=torch.Generator().manual_seed(0))
-    heads = torch.rand(4, 4, generator=torch.Generator().manual_seed(1)) < 0.25
-    scorer, _ = train_locret(model, [(tokens[:256], 16)] * 5, hidden=64)
-    rows = [("full", {}), ("streaming", dict(sink=4, window=253)), ("heads", dict(heads=heads, sink=4, window=253))]
-    rows += [(policy, dict(keep=0.125)) for policy in CHUNK_RULES] + [("snapkv", dict(keep=0.125, patch=True))]
-    rows += [(policy, dict(budget=256)) for policy in ("h2o", "tova")] + [("locret", dict(budget=256, scorer=scorer))]
-    print(f"A random Llama reads {length} tokens in chunks of 256 and writes {new}: what each policy holds\n")
-    print("| policy | settings | entries per head and layer | bytes | KV footprint | peak | seconds |\n|---|---|---|---|---|---|---|")
-    for policy, settings in rows:
-        shown = ", ".join(f"{k} {v}" for k, v in settings.items() if k not in ("heads", "scorer"))
-        values = measure(model, tokens, new, make_cache(model, policy, chunk=256, obs_window=16, **settings))
-        print(f"| {policy} | {shown} | " + " | ".join(f"{v:,}" for v in values.values()) + " |")
-
-
-def draw_memory(config, settings):
-    """A figure of peak resident memory against the share of entries kept; every run a process of its own."""
-    chunk = settings.chunk or 512
-
-    def peak(policy, *keep):
-        run_of = [sys.executable, os.path.abspath(__file__), "--model", config.model, "--length", str(config.length), "--new", str(config.new),
-                  "--dtype", config.dtype, "--chunk", str(chunk), "--policy", policy, *keep]
-        done = subprocess.run(run_of, stdout=subprocess.PIPE, text=True)
-        if done.returncode:  # the run has said why
-            raise ValueError(f"policy {policy} {' '.join(keep)}: no figure")
-        print(done.stdout, end="", flush=True)
-        return json.loads(done.stdout)["peak_resident_bytes"] / 1e6
-    full = peak("full")
-    curves = {policy: [(keep, peak(policy, "--keep", str(keep))) for keep in (0.05, 0.1, 0.25, 0.5, 0.75)] for policy in ("snapkv", "pyramidkv", "h2o")}
-    title = f"{config.length} tokens in chunks of {chunk}, {config.dtype}"
-    save_plot(config.figure, curves, title, "share of entries kept", "peak resident memory [MB]", 1.0, full, {"full cache": full})
-
-
 def main():
-    config, settings = parse([Config, Eviction], description="What eviction policies hold of a prompt.")
-    if config.model is None:
-        if config.figure:
-            raise ValueError("--figure needs --model")
-        return compare_policies(config.length, config.new)
-    if config.figure:
-        if settings != Eviction(chunk=settings.chunk):
-            raise ValueError("--figure draws some policies at several shares kept: of their flags it takes --chunk alone")
-        return draw_memory(config, settings)
-    if settings.policy in ("heads", "locret"):
-        raise ValueError(f"policy {settings.policy} needs a mask or a scorer: use footprint.py")
-    model = load_model(config.model, dtype=DTYPES[config.dtype])
-    tokens = torch.randint(min(model.config.vocab_size, 30000), (config.length,), generator=torch.Generator().manual_seed(0))
-    values = measure(model, tokens, config.new, EvictingCache(model, settings))
-    print(json.dumps({"policy": settings.policy, "length": config.length, **values, "peak_resident_bytes": peak_memory()}))
+    """What each policy holds of 2048 tokens, on a small random Llama."""
+    parse([], description="What every eviction policy holds of a prompt.")
+    config = LlamaConfig(256, n_layer=4, n_head=8, n_kv_head=4, n_embd=128, n_ff=256, head_dim=16)
+    model = Llama(config).init_weights(0)
+    tokens = torch.randint(256, (2048,), generator=torch.Generator().manual_seed(0))
+    extra = {"streaming": dict(sink=4), "locret": dict(scorer=LocretScorer(config, 64)),
+             "heads": dict(heads=torch.arange(16).view(4, 4) % 4 == 0, sink=4, window=253)}
+    print("| policy | entries per head | KV MB | footprint | peak |\n|---|---|---|---|---|")
+    for policy, rule in RULES.items():
+        settings = (rule.sweep(0.125, 2048) or {}) | extra.get(policy, {})
+        cache = make_cache(model, policy, chunk=256, **settings)
+        generate(model, tokens, 16, cache)
+        print(f"| {policy} | {cache.visible().double().mean():.0f} | {cache.nbytes() / 1e6:.2f} | "
+              f"{float(cache.footprint()):.3f} | {float(cache.peak()):.3f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,26 @@
-"""PruLong: learn which KV heads need the full cache. DuoAttention, the baseline, beside it.
+"""PruLong: learn which KV heads need the full cache. DuoAttention, the baseline, below it.
 
-Each KV head gets a gate z in [0, 1]: z = 1 attends to everything, z = 0 only to the sink (a document's first tokens) and
-the window (its last ones), so its cache never grows. Gates are hard-concrete random variables (mostly exactly 0 or 1,
-yet differentiable); a Lagrangian drives their mean to the wanted sparsity while the plain language-modelling loss decides
-which heads stay full. DuoAttention instead regresses z directly, on synthetic passkeys, against the full model's states.
+Each KV head has a gate z in [0, 1]. z = 1 attends to everything. z = 0 attends only to the sink (a
+document's first tokens) and the window (its last ones), so that its cache never grows. Gates are
+hard-concrete random variables: mostly exactly 0 or 1, and yet differentiable,
+    z = clip(-0.1 + 1.2 sigmoid((logit(u) + log_alpha) / T), 0, 1),    u uniform, T = 2/3.
+The language modelling loss decides which heads stay full; a Lagrangian drives their number:
+    min over gates, max over l1, l2:   LM loss + l1 (s - t) + l2 (s - t)^2,
+with s the expected share of closed gates and t its target, which rises during training.
 
-Papers: PruLong, "Cache Me If You Can", arXiv:2506.17121; gates: Louizos et al., arXiv:1712.01312; DuoAttention,
-arXiv:2410.10819.
+DuoAttention regresses z directly on passkeys hidden in a text: the last states with gates must be
+those of the full model, and an L1 price closes gates.
 
-    python train.py --method prulong                                # learn on the embedded stream
-    python train.py --method prulong --model DIR --data SRC         # learn on a real Llama and real text
-    python prulong.py                                               # the gates and the Lagrangian alone, on a toy
+Papers: PruLong, "Cache Me If You Can", arXiv:2506.17121; hard-concrete gates, arXiv:1712.01312;
+DuoAttention, arXiv:2410.10819.
+
+    python train.py --method prulong                             # embedded: no data, about a minute
+    python train.py --method prulong --model DIR --data SRC      # a real Llama, real text
+    python model.py --model DIR --prompt TEXT --heads out/prulong/heads.tsv       # decode with it
 """
+import html
 import math
+import os
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,276 +29,357 @@ import torch
 from torch import nn
 
 from attention_triton import attention
-from model import Batch, causal, flag, parse, replacing, warmup_cosine
+from model import (Method, causal, collate, discretise, flag, load_heads, replacing, save_heads,
+                   write_json)
 
-# --- configuration --------------------------------------------------------------------------------------------------
-
-# official: the released training script (1000 steps on 16 x 64K tokens each, 256 gates). tiny: the same objective for
-# runs of about 100 steps and few gates: gates drawn per document divide the gradient's variance by the number of documents,
-# the closed-form sparsity has a gradient everywhere, and an initial value of 2 leaves gates undecided enough to learn.
+# official: the released training script, 1000 steps of 16 x 64K tokens. tiny: runs of about 100
+# small steps. Gates drawn per document are less noisy, the expected sparsity has a gradient
+# everywhere, and a lower first value leaves gates undecided enough to learn.
 PRESETS = {
     "official": dict(mask_lr=1.0, mask_init=4.0, per_document=False, sampled_sparsity=True),
     "tiny": dict(mask_lr=0.3, mask_init=2.0, per_document=True, sampled_sparsity=False),
 }
 
 
-@dataclass
-class Config:
-    target_sparsity: float = flag(0.75, "share of KV heads to stream at the end", low=0, high=1)
-    start_sparsity: float = flag(0.0, "target at the first step", low=0, high=1)
-    sparsity_warmup: float = flag(0.8, "share of the steps over which the target rises", low=0, high=1)
-    sink: int = flag(4, "first tokens of a document that a streaming head keeps (official: 128)", low=0)
-    window: int = flag(32, "last tokens it keeps, the query's own included (official: 1024)", low=1)
-    preset: str = flag("tiny", "defaults of the next four: official (long runs) or tiny (about 100 steps)", choices=tuple(PRESETS))
-    mask_lr: float | None = flag(None, "learning rate of gates and multipliers", low=0)
-    mask_init: float | None = flag(None, "first value of the gate logits")
-    per_document: bool | None = flag(None, "draw gates for each document of a batch instead of once a step")
-    sampled_sparsity: bool | None = flag(None, "constrain the drawn gates' mean instead of their expected number")
-    mask_weight_decay: float = flag(0.1, "of gates and multipliers; bounds both by about 1 / decay", low=0)
-    train: str = flag("masks", "what learns; weights needs --heads", choices=("masks", "masks+weights", "weights"))
-    heads: str | None = flag(None, "mask file (TSV) to start from, or to freeze with --train weights")
+# --- gates ---------------------------------------------------------------------------------------
 
-    def __post_init__(self):
-        for name, value in PRESETS[self.preset].items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
-        if self.train == "weights" and self.heads is None:
-            raise ValueError("--train weights fine-tunes under frozen masks: --heads is needed")
-
-
-@dataclass
-class DuoConfig:
-    target_sparsity: float = flag(0.75, "share of KV heads to stream when the gates are ranked", low=0, high=1)
-    sink: int = flag(4, "first tokens of a document that a streaming head keeps (official: 128)", low=0)
-    window: int = flag(32, "last tokens it keeps, the query's own included (official: 256)", low=1)
-    mask_lr: float = flag(0.02, "learning rate of the gates", low=0)
-    reg: float = flag(0.05, "weight of the mean gate in the loss", low=0)
-    needles: int = flag(10, "passkeys in a sample of text", low=1, high=10)
-    words: int = flag(32, "words in a passkey of text", low=1, high=1000)
-    teacher_branch: bool = flag(False, "full branch from the teacher's states, as the official code, not the student's own")
-
-
-# --- gates ----------------------------------------------------------------------------------------------------------
-
-# Hard-concrete constants of arXiv:1712.01312: s is stretched from (0, 1) to (GAMMA, ZETA) and clipped back
-GAMMA, ZETA, TEMPERATURE = -0.1, 1.1, 2 / 3
-SHIFT = TEMPERATURE * math.log(-GAMMA / ZETA)  # -1.5986
+GAMMA, ZETA, TEMPERATURE = -0.1, 1.1, 2 / 3  # s in (0, 1) is stretched to (GAMMA, ZETA), clipped
 
 
 def draw_gates(log_alpha, u):
-    """z in [0, 1], with atoms at 0 and 1: clip(GAMMA + (ZETA - GAMMA) * sigmoid((logit(u) + log_alpha) / T), 0, 1).
-
-    log_alpha (..., n_layer, n_kv_head) float32, u in (0, 1) of the same or a wider shape."""
-    s = ((u.log() - torch.log1p(-u) + log_alpha) / TEMPERATURE).sigmoid()
+    """z in [0, 1], with atoms at 0 and 1, from uniform u; shapes (..., n_layer, n_kv_head)."""
+    s = torch.sigmoid((u.logit() + log_alpha) / TEMPERATURE)
     return (GAMMA + (ZETA - GAMMA) * s).clamp(0, 1)
 
 
 def probability_open(log_alpha):
-    """P(z > 0) = sigmoid(log_alpha + 1.5986)."""
-    return torch.sigmoid(log_alpha - SHIFT)
+    """P(z > 0)."""
+    return torch.sigmoid(log_alpha - TEMPERATURE * math.log(-GAMMA / ZETA))
 
 
-def target_at(step, steps, config) -> float:
-    """The sparsity target: linear from start to end over the first `sparsity_warmup` of the steps, constant after."""
-    warmup = math.ceil(config.sparsity_warmup * steps)
-    done = min(1.0, step / warmup) if warmup else 1.0
-    return config.start_sparsity + (config.target_sparsity - config.start_sparsity) * done
-
-
-class Gates(nn.Module):
-    """log_alpha (n_layer, n_kv_head) and the multipliers of the constraint sparsity = target; float32 whatever the model."""
-
-    def __init__(self, n_layer, n_kv_head, init, rng):
-        super().__init__()
-        self.log_alpha = nn.Parameter(init + 0.01 * torch.randn(n_layer, n_kv_head, generator=rng))
-        self.multipliers = nn.Parameter(torch.zeros(2))
-
-    def penalty(self, sparsity, target):
-        """lambda1 (s - t) + lambda2 (s - t)^2: descended by the gates, *ascended* by the multipliers."""
-        gap = sparsity - target
-        return self.multipliers[0] * gap + self.multipliers[1] * gap ** 2
-
-    def param_groups(self, lr, weight_decay):
-        return [dict(params=[self.log_alpha], lr=lr, weight_decay=weight_decay),
-                dict(params=[self.multipliers], lr=lr, weight_decay=weight_decay, maximize=True)]
-
-
-# --- attention with gates -------------------------------------------------------------------------------------------
+# --- attention with gates ------------------------------------------------------------------------
 
 def gated(z, cu_seqlens, sink, window, full=None):
-    """`attend` that mixes z * full + (1 - z) * streaming in every head, both from the same q, k, v.
+    """`attend` that mixes z * full + (1 - z) * streaming, head by head.
 
-    z (n_layer, n_kv_head), or (n_doc, n_layer, n_kv_head) for gates of each packed document. The sink is each document's
-    own. full(layer, q, k, v) may stand in for the full branch. Differs from the official kernel, which rounds sink and
-    window up to blocks of 128 tokens: exact here."""
+    z (n_layer, n_kv_head), or (n_doc, n_layer, n_kv_head) for gates of each packed document, which
+    has a sink of its own. full stands in for the full branch (DuoAttention's teacher). The official
+    kernel rounds sink and window up to 128 tokens; they are exact here."""
     full = full or causal(cu_seqlens)
-    cu_seqlens, lengths = torch.as_tensor(cu_seqlens).tolist(), torch.as_tensor(cu_seqlens).diff().to(z.device)
+    cu = torch.as_tensor(cu_seqlens).tolist()
+    lengths = torch.tensor(cu, device=z.device).diff()
 
     def attend(layer, q, k, v):
         everything = full(layer, q, k, v)  # (N, n_head, D)
-        streaming = attention(q, k, v, cu_seqlens, cu_seqlens, window=window, sink=sink)
-        gate = z[..., layer, :].repeat_interleave(q.shape[1] // k.shape[1], -1)  # (n_head,) or (n_doc, n_head)
-        gate = gate if gate.dim() == 1 else gate.repeat_interleave(lengths, 0, output_size=len(q))  # (N, n_head)
+        streaming = attention(q, k, v, cu, cu, window=window, sink=sink)
+        gate = z[..., layer, :].repeat_interleave(q.shape[1] // k.shape[1], -1)  # (..., n_head)
+        if gate.dim() == 2:
+            gate = gate.repeat_interleave(lengths, 0, output_size=len(q))  # (N, n_head)
         return streaming + gate.to(q.dtype)[..., None] * (everything - streaming)
     return attend
 
 
-def own_heads(model, per_head):
-    """Of something (..., n_kv_head) what this process attends with: all, if no others share the sequence."""
-    return per_head if model.sequence is None else model.sequence.heads(per_head)
-
-
 def by_mask(mask, cu_seqlens, sink, window):
-    """`attend` of a learned mask (n_layer, n_kv_head), True = full: each head runs once, in its own mode."""
-    windows, cu_seqlens = torch.where(mask.cpu(), 0, window), torch.as_tensor(cu_seqlens).tolist()
-    return lambda layer, q, k, v: attention(q, k, v, cu_seqlens, cu_seqlens, window=windows[layer], sink=sink)
+    """`attend` of a mask (n_layer, n_kv_head), True = full: each head runs once, in its mode."""
+    windows, cu = torch.where(mask.cpu(), 0, window), torch.as_tensor(cu_seqlens).tolist()
+    return lambda layer, q, k, v: attention(q, k, v, cu, cu, window=windows[layer], sink=sink)
 
 
-# --- the methods: what train.py asks of them: param_groups, lr_scale, batch, loss, scores, mask -------------------------
+# --- learning masks: what PruLong and DuoAttention share -----------------------------------------
+
+@dataclass
+class HeadFlags:
+    target_sparsity: float = flag(0.75, "share of KV heads to stream at the end", least=0)
+    sink: int = flag(4, "first tokens that a streaming head sees (official: 128)", least=0)
+    window: int = flag(32, "last tokens that it sees, the query's own included (official: 1024)",
+                       least=1)
+    n_random: int = flag(8, "random masks to compare with", least=1, free=True)
+
+
+class Heads(Method):
+    """Gives every KV head a score and keeps the full cache for the best ones."""
+
+    @classmethod
+    def defaults(cls, args, config):
+        return dict(min_lr=0.01, from_scratch=False)
+
+    @classmethod
+    def frozen(cls, config):
+        return True
+
+    def __init__(self, model, config, seed=0):
+        super().__init__(model, config)
+        if not 0 <= config.target_sparsity <= 1:
+            raise ValueError(f"--target_sparsity must be in 0..1, got {config.target_sparsity}")
+
+    def scores(self):
+        """What heads are ranked by, (n_layer, n_kv_head) in 0..1."""
+        raise NotImplementedError
+
+    def mask(self):
+        """The heads that keep the full cache, bool (n_layer, n_kv_head)."""
+        return discretise(self.scores(), self.config.target_sparsity)
+
+    def check_length(self, seq_len):
+        c = self.config
+        if c.sink + c.window >= seq_len:
+            raise ValueError(f"--sink + --window = {c.sink + c.window} must be below --seq_len "
+                             f"{seq_len}, or a streaming head is a full head")
+
+    def before(self, model, data):
+        self.check_length(data.seq_len)
+        return {}
+
+    def evaluate(self, model, data):
+        return self.score_mask(self.mask(), model, data)
+
+    def score_mask(self, mask, model, data) -> dict:
+        c = self.config
+        footprint = streaming_footprint(mask, data.seq_len, c.sink, c.window)
+        attend = lambda cu: by_mask(mask, cu, c.sink, c.window)
+        scores = data.scores(model, attend, beyond=c.window)
+        return {"full heads": int(mask.sum()), "KV footprint": footprint} | scores
+
+    def rows(self, model, data, before, runs, out_dir):
+        """The full cache, each run's mask, and random ones of the same sparsity."""
+        c, rng = self.config, torch.Generator().manual_seed(data.seed)
+        masks = {name: method.mask() for name, (method, _) in runs.items()}
+        draw_map(os.path.join(out_dir, "heads.svg"), masks)
+        full = torch.ones_like(next(iter(masks.values())))
+        rows = [("full cache", self.score_mask(full, model, data))]
+        for name, mask in masks.items():
+            rows.append((name, self.score_mask(mask, runs[name][1], data)))
+        drawn = [torch.rand(full.shape, generator=rng) for _ in range(c.n_random)]
+        drawn = [discretise(scores, c.target_sparsity) for scores in drawn]
+        others = [self.score_mask(mask, model, data) for mask in drawn]
+        for name, pick in (("mean", np.mean), ("lowest", min), ("highest", max)):
+            values = {key: float(pick([row[key] for row in others])) for key in others[0]}
+            rows.append((f"{name} of {c.n_random} random masks", values))
+        return rows
+
+    def save(self, model, out_dir):
+        """The mask, the scores, and what DuoAttention's config.json says of sink and window."""
+        names = ("heads.tsv", "scores.tsv", "pattern.json")
+        heads, scores, pattern = (os.path.join(out_dir, name) for name in names)
+        save_heads(heads, self.mask())
+        save_heads(scores, self.scores())
+        sizes = {"sink_size": self.config.sink, "recent_size": self.config.window}
+        write_json(pattern, sizes)
+        return [heads, scores, pattern]
+
+
+def streaming_footprint(mask, n, sink, window) -> float:
+    """KV footprint of n tokens, one at a time, where streaming heads keep sink + window - 1."""
+    cells = sum(1 + min(t, sink + window - 1) for t in range(n))
+    full = mask.double().mean().item()
+    return full + (1 - full) * cells / (n * (n + 1) / 2)
+
+
+# --- PruLong -------------------------------------------------------------------------------------
 
 class Noisy(NamedTuple):
-    """A Batch with the noise that its gates are drawn from: u (n_layer, n_kv_head), or (n_doc, n_layer, n_kv_head) by document."""
+    """A Batch with the noise that its gates are drawn from: u (n_layer, n_kv_head), or
+    (n_doc, n_layer, n_kv_head)."""
     tokens: torch.Tensor
     targets: torch.Tensor
     cu_seqlens: torch.Tensor
     weights: torch.Tensor | None
     u: torch.Tensor
 
-    def documents(self, first, last):
-        """Its documents first .. last - 1."""
-        return Noisy(*Batch.documents(self, first, last), self.u if self.u.dim() == 2 else self.u[first:last])
 
+class PruLong(Heads):
+    """Language modelling under gates. The model's weights are frozen unless --train says other."""
 
-class PruLong(nn.Module):
-    """Language modelling under gates. Holds the gates; `model`'s weights stay where they are, frozen unless trained."""
+    @dataclass
+    class Config(HeadFlags):
+        start_sparsity: float = flag(0.0, "target at the first step", least=0)
+        sparsity_warmup: float = flag(0.8, "share of the steps over which it rises", least=0)
+        preset: str = flag("tiny", "where the next four come from", choices=tuple(PRESETS))
+        mask_lr: float | None = flag(None, "learning rate of gates and multipliers", least=0)
+        mask_init: float | None = flag(None, "first value of the gate logits")
+        per_document: bool | None = flag(None, "draw gates for each document, not once a step")
+        sampled_sparsity: bool | None = flag(None, "constrain the drawn gates' mean")
+        mask_weight_decay: float = flag(0.1, "of gates and multipliers", least=0)
+        train: str = flag("masks", "what learns", choices=("masks", "masks+weights", "weights"))
+        heads: str | None = flag(None, "mask (TSV) to start from; --train weights keeps it")
 
-    def __init__(self, model, config: Config, seed: int):
-        super().__init__()
-        c, self.config = model.config, config
-        rng = torch.Generator().manual_seed(seed)
-        self.gates = Gates(c.n_layer, c.n_kv_head, config.mask_init, rng)
+    @classmethod
+    def defaults(cls, args, config):
+        embedded = args.model is None and args.data in (None, "facts")
+        beside = ["duo"] if embedded and config.train == "masks" else None
+        known = super().defaults(args, config) | PRESETS[config.preset] | dict(beside=beside)
+        return known if config.train == "masks" else known | dict(min_lr=None)
+
+    @classmethod
+    def frozen(cls, config):
+        return config.train == "masks"
+
+    def __init__(self, model, config, seed=0):
+        super().__init__(model, config, seed)
+        shape = model.config.n_layer, model.config.n_kv_head
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        self.log_alpha = nn.Parameter(config.mask_init + 0.01 * noise)
+        self.multipliers = nn.Parameter(torch.zeros(2))
+        if config.train == "weights" and config.heads is None:
+            raise ValueError("--train weights learns under a mask: it needs --heads FILE")
         if config.heads is not None:
             mask = load_heads(config.heads)
-            if mask.shape != (c.n_layer, c.n_kv_head):
-                raise ValueError(f"{config.heads}: {tuple(mask.shape)} heads, the model has {(c.n_layer, c.n_kv_head)}")
-            self.gates.log_alpha.data = torch.where(mask, 10.0, -10.0)  # decided: P(z = 0) is 1e-5 or 0.9998
-        self.to(model.head.device).gates.requires_grad_(config.train != "weights")
+            if mask.shape != shape:
+                raise ValueError(f"{config.heads} is not a mask of the model's {shape} heads")
+            self.log_alpha.data = torch.where(mask, 10.0, -10.0)  # P(z = 0) is 1e-5 or 0.9998
+        self.to(model.head.device).requires_grad_(config.train != "weights")
         model.requires_grad_(config.train != "masks")
 
-    def param_groups(self):
-        return [] if self.config.train == "weights" else \
-            self.gates.param_groups(self.config.mask_lr, self.config.mask_weight_decay)
+    def param_groups(self, model, args):
+        c = self.config
+        mine = dict(lr=c.mask_lr, weight_decay=c.mask_weight_decay)
+        gates = [dict(params=[self.log_alpha], **mine),
+                 dict(params=[self.multipliers], maximize=True, **mine)]
+        weights = super().param_groups(model, args)
+        return weights if c.train == "weights" else gates + weights
 
-    def lr_scale(self, step, steps, warmup, min_lr):
-        return warmup_cosine(step, steps, warmup, min_lr)
+    def batch(self, data, i, step, steps):
+        batch = data.batch(i)._replace(weights=None)  # every target counts here
+        rng = np.random.default_rng((data.seed, i, 1))
+        n_draw = (len(batch.cu_seqlens) - 1,) if self.config.per_document else ()
+        u = torch.from_numpy(rng.uniform(1e-6, 1 - 1e-6, (*n_draw, *self.log_alpha.shape))).float()
+        return Noisy(*batch, u)
 
-    def batch(self, data, rng, step, steps):
-        return self.with_noise(data.batch(rng)._replace(weights=None), rng)  # weights are for base models: every target counts here
+    def target(self, step, steps) -> float:
+        """The sparsity wanted at a step: linear from start to end, constant after the warm-up."""
+        c = self.config
+        warmup = math.ceil(c.sparsity_warmup * steps)
+        done = min(1.0, step / warmup) if warmup else 1.0
+        return c.start_sparsity + (c.target_sparsity - c.start_sparsity) * done
 
-    def with_noise(self, batch: Batch, rng) -> Noisy:
-        shape = (len(batch.cu_seqlens) - 1,) * self.config.per_document + tuple(self.gates.log_alpha.shape)
-        return Noisy(*batch, torch.from_numpy(rng.uniform(1e-6, 1 - 1e-6, shape)).float())
-
-    def loss(self, model, batch: Noisy, step, steps):
-        """LM loss + the Lagrangian's penalty."""
-        c, log_alpha = self.config, self.gates.log_alpha
+    def loss(self, model, batch, step, steps):
+        c, cu = self.config, batch.cu_seqlens
         if c.train == "weights":
-            attend = by_mask(own_heads(model, log_alpha) > 0, batch.cu_seqlens, c.sink, c.window)
+            attend = by_mask(self.mask()[:, model.kv_heads], cu, c.sink, c.window)
             return model.loss(batch.tokens, batch.targets, attend), {}
-        z = draw_gates(log_alpha, batch.u)  # float32 and outside any checkpointed layer: recomputation must see the same gates
-        lm = model.loss(batch.tokens, batch.targets, gated(own_heads(model, z), batch.cu_seqlens, c.sink, c.window))
-        sparsity = 1 - (z if c.sampled_sparsity else probability_open(log_alpha)).mean()
-        target = target_at(step, steps, c)
-        l1, l2 = self.gates.multipliers.tolist()
-        return lm + self.gates.penalty(sparsity, target), {
-            "lm_loss": lm.item(), "sparsity": sparsity.item(), "target": target, "lambda1": l1, "lambda2": l2,
-            "closed": (log_alpha < 0).float().mean().item()}
+        z = draw_gates(self.log_alpha, batch.u)  # here: a recomputed layer must see the same gates
+        attend = gated(z[..., model.kv_heads], cu, c.sink, c.window)
+        lm = model.loss(batch.tokens, batch.targets, attend)
+        closed = 1 - (z if c.sampled_sparsity else probability_open(self.log_alpha)).mean()
+        target = self.target(step, steps)
+        penalty = self.penalty(closed - target)
+        metrics = {"lm_loss": lm.item(), "sparsity": closed.item(), "target": target}
+        return lm + penalty, metrics
+
+    def penalty(self, gap):
+        """l1 gap + l2 gap^2: descended by the gates, ascended by the multipliers."""
+        return self.multipliers[0] * gap + self.multipliers[1] * gap ** 2
 
     def scores(self):
-        """What heads are ranked by, (n_layer, n_kv_head) in 0..1: sigmoid(log_alpha)."""
-        return self.gates.log_alpha.detach().cpu().double().sigmoid()
+        return self.log_alpha.detach().cpu().double().sigmoid()
 
     def mask(self):
-        """The heads that keep the full cache: the 1 - target_sparsity of all that score highest, or the frozen ones."""
-        return self.scores() > 0.5 if self.config.train == "weights" else discretise(self.scores(), self.config.target_sparsity)
+        return self.scores() > 0.5 if self.config.train == "weights" else super().mask()
+
+    def save(self, model, out_dir):
+        weights = [] if self.config.train == "masks" else Method.save(self, model, out_dir)
+        return weights + super().save(model, out_dir)
 
 
-class Duo(nn.Module):
-    """DuoAttention: gates a in [0, 1] regress the full model's last states on passkeys, with an L1 price on a."""
+# --- DuoAttention --------------------------------------------------------------------------------
 
-    def __init__(self, model, config: DuoConfig, seed: int):
-        super().__init__()
-        self.config = config
-        self.a = nn.Parameter(torch.ones(model.config.n_layer, model.config.n_kv_head, device=model.head.device))
+class Duo(Heads):
+    """Gates a in [0, 1] regress the full model's last states on passkeys; an L1 price closes them.
+
+    States are compared where a target is predicted; the released code takes those at the target
+    tokens, one further on."""
+
+    @dataclass
+    class Config(HeadFlags):
+        mask_lr: float = flag(0.02, "learning rate of the gates", least=0)
+        reg: float = flag(0.05, "weight of the mean gate in the loss", least=0)
+        needles: int = flag(10, "passkeys in a sample", least=1)
+        words: int = flag(32, "words in a passkey of text", least=1)
+        teacher_branch: bool = flag(False, "full branch from the teacher's states, as released")
+
+    def __init__(self, model, config, seed=0):
+        super().__init__(model, config, seed)
+        shape = model.config.n_layer, model.config.n_kv_head
+        self.a = nn.Parameter(torch.ones(shape, device=model.head.device))
         model.requires_grad_(False)
 
-    def param_groups(self):
-        return [dict(params=[self.a], lr=self.config.mask_lr, weight_decay=0.0, betas=(0.9, 0.999))]
+    def param_groups(self, model, args):
+        betas = 0.9, 0.999
+        return [dict(params=[self.a], lr=self.config.mask_lr, weight_decay=0.0, betas=betas)]
 
-    def lr_scale(self, step, steps, warmup, min_lr):
+    def lr_scale(self, step, steps, args):
         """Up over the first fifth of the steps, down over the last, never below a tenth."""
         return max(0.1, min(1.0, 5 * (step + 1) / steps, 5 * (steps - step) / steps))
 
-    def batch(self, data, rng, step, steps):
-        return data.passkeys(rng, self.config.needles, self.config.words)
+    def batch(self, data, i, step, steps):
+        c = self.config
+        if hasattr(data, "passkeys"):  # the fact stream has questions of its own
+            return data.passkeys(i, c.needles)
+        rng = np.random.default_rng((data.seed, i, 1))
+        text = data.batch(i).tokens.view(-1)
+        samples = []
+        for haystack in text.split(data.seq_len)[:data.n_seq]:
+            longest = len(haystack)
+            lengths = np.linspace(longest / 3, longest, 50)  # officially from 1000 to 32000
+            shortest = passkeys_length(data.tokenizer, c.needles, c.words)
+            length = max(int(rng.choice(lengths)), min(shortest, longest))
+            samples.append(passkeys(data.tokenizer, haystack, length, rng, c.needles, c.words))
+        return collate([tokens for tokens, _ in samples], [targets for _, targets in samples])
 
-    def loss(self, model, batch: Batch, step, steps):
-        """Mean squared difference of the last states, with and without gates, where a target is predicted + reg * mean |a|.
-        (The released code takes the states at the target tokens themselves, one further on.)"""
-        c, full = self.config, causal(batch.cu_seqlens)
+    def loss(self, model, batch, step, steps):
+        c, full, seen = self.config, causal(batch.cu_seqlens), []
+
+        def teacher(layer, q, k, v):
+            seen.append(full(layer, q, k, v))
+            return seen[-1]
         with torch.no_grad():
             self.a.clamp_(0, 1)
-            seen = []  # the teacher's attention outputs, layer by layer
-            def teacher(layer, q, k, v):
-                out = full(layer, q, k, v)
-                seen.append(out)
-                return out
             want = model.hidden(batch.tokens, teacher if c.teacher_branch else full)
         branch = (lambda layer, q, k, v: seen[layer]) if c.teacher_branch else full
-        got = model.hidden(batch.tokens, gated(own_heads(model, self.a), batch.cu_seqlens, c.sink, c.window, branch))
-        rows, parts = batch.targets != -100, 1
-        total = rows.sum() * want.shape[1]
-        if model.sequence is not None:  # as in Llama.loss: the mean over the processes is the distance
-            rows, parts = rows[model.sequence.stretch(len(rows))], model.sequence.size
-        distance = (want[rows].float() - got[rows].float()).pow(2).sum() * parts / total
-        return distance + c.reg * self.a.abs().mean(), {"distance": distance.item(), "open": self.a.mean().item()}
+        attend = gated(self.a[:, model.kv_heads], batch.cu_seqlens, c.sink, c.window, branch)
+        got = model.hidden(batch.tokens, attend)
+        rows = batch.targets != -100
+        gap = (want[rows].float() - got[rows].float()).pow(2).sum()
+        distance = gap / (rows.sum() * want.shape[1]).clamp(min=1)
+        price = c.reg * self.a.abs().mean()
+        return distance + price, {"distance": distance.item(), "open": self.a.mean().item()}
 
     def scores(self):
         return self.a.detach().cpu().clamp(0, 1)
 
-    def mask(self):
-        return discretise(self.scores(), self.config.target_sparsity)
 
+# --- passkeys: DuoAttention's only training data -------------------------------------------------
 
-# --- passkeys: DuoAttention's only training data ----------------------------------------------------------------------
-
-WORDS = ("alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november oscar papa quebec romeo "
-         "sierra tango uniform victor whiskey xray yankee zulu").split()
+WORDS = ("alpha bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november "
+         "oscar papa quebec romeo sierra tango uniform victor whiskey xray yankee zulu").split()
 ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth".split()
-
-
 TOLD = "\nRemember this sequence of words, it's the {} passkey to the vault: {}\n"
 ASKED = "\nBased on the content of the book, what is the {} passkey to the vault?\nPasskey: {}"
 
 
-def passkeys_room(tokenizer, needles, words) -> int:
-    """Tokens that the longest passkeys, questions and answers take; a sample must be longer by the text between them."""
-    longest = " ".join([max(WORDS, key=lambda w: len(tokenizer.encode(" " + w)))] * words)
-    return needles + sum(len(tokenizer.encode(form.format(n, longest))) for form in (TOLD, ASKED) for n in ORDINALS[:needles])
+def passkeys_length(tokenizer, needles, words) -> int:
+    """Tokens that the longest passkeys, questions and answers take, with a token between them."""
+    key = " ".join([max(WORDS, key=lambda word: len(tokenizer.encode(" " + word)))] * words)
+    texts = [form.format(n, key) for form in (TOLD, ASKED) for n in ORDINALS[:needles]]
+    return 2 * needles + sum(len(tokenizer.encode(text)) for text in texts)
 
 
 def passkeys(tokenizer, haystack, length, rng, needles, words=32):
-    """tokens, targets (length,) of one sample: `needles` passkeys of random words at random depths of a text, then a
-    question and answer for each. Targets are -100 on the text and the whole tail of questions and answers otherwise.
+    """tokens, targets (length,): `needles` passkeys at random depths of a text, then a question
+    and answer for each; targets are the questions and answers.
 
-    haystack: at least `length` token ids. Raises ValueError if the passkeys leave no room for text.
-    Source: DuoAttention, arXiv:2410.10819, section 2.3, and its released data code (10 needles of 32 words)."""
+    haystack: token ids, as many as the sample needs. Raises ValueError if there is no room for
+    text. Source: DuoAttention, arXiv:2410.10819, section 2.3, and its data code."""
+    if needles > len(ORDINALS):
+        raise ValueError(f"--needles is at most {len(ORDINALS)}, got {needles}")
     keys = [" ".join(rng.choice(WORDS, words)) for _ in range(needles)]
     told = [tokenizer.encode(TOLD.format(n, key)) for n, key in zip(ORDINALS, keys)]
-    tail = [i for n, key in zip(ORDINALS, keys) for i in tokenizer.encode(ASKED.format(n, key))]
+    asked = [tokenizer.encode(ASKED.format(n, key)) for n, key in zip(ORDINALS, keys)]
+    tail = sum(asked, [])
     room = length - len(tail) - sum(map(len, told))
     if room < needles:
-        raise ValueError(f"{needles} passkeys of {words} words need {length - room + needles} tokens: --seq_len {length} is too short")
+        raise ValueError(f"{needles} passkeys of {words} words need --seq_len "
+                         f"{length - room + needles} or more, got {length}")
     depths = np.sort(rng.choice(np.linspace(0.05, 0.95, 1000), needles, replace=False))
     tokens, at = [], 0
     for depth, ids in zip(depths, told):
@@ -302,89 +391,25 @@ def passkeys(tokenizer, haystack, length, rng, needles, words=32):
     return tokens, targets
 
 
-# --- masks ----------------------------------------------------------------------------------------------------------
+# --- a picture of masks --------------------------------------------------------------------------
 
-def discretise(scores, sparsity):
-    """The int(n * (1 - sparsity)) heads of highest score, over all layers: bool like scores (n_layer, n_kv_head).
-
-    Ties go to the earlier head. Ranking raw log_alpha gives the official rule's heads up to the trained sparsity; below
-    it the official code fills up at random, because it has already set the pruned heads equal."""
-    n_full = int(scores.numel() * (1 - sparsity) + 1e-9)  # 1e-9: 90 * (1 - 0.9) is 9 although floats say 8.999...
-    order = scores.flatten().double().argsort(descending=True, stable=True)
-    mask = torch.zeros(scores.numel(), dtype=torch.bool)
-    mask[order[:n_full].cpu()] = True
-    return mask.view(scores.shape)
-
-
-def save_heads(path, mask):
-    """Write a mask, or scores, (n_layer, n_kv_head) as the official TSV: row = layer, column = KV head, 1.0 = full cache."""
-    mask = torch.as_tensor(mask).cpu()
-    with replacing(path) as part:
-        np.savetxt(part, mask.double().numpy(), delimiter="\t", fmt="%.9g" if mask.is_floating_point() else "%.1f")
-
-
-def load_heads(path, sparsity=None):
-    """bool (n_layer, n_kv_head) from PruLong's masks.tsv or DuoAttention's full_attention_heads.tsv, True = full cache.
-
-    Without a sparsity a head is full where its value is above 0.5. With one, the heads are ranked by value, clipped to [0, 1];
-    exact ties go to the earlier head (the official loaders break them by unseeded noise). Raises ValueError naming the line that is
-    not a row of numbers, or a sparsity that a file of zeros and ones cannot give."""
-    rows = []
-    with open(path, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                row = [float(x) for x in line.split("\t")]
-            except ValueError:
-                raise ValueError(f"{path}, line {number}: want tab-separated numbers, got {line.strip()[:60]!r}") from None
-            if not all(map(math.isfinite, row)) or (rows and len(row) != len(rows[0])):
-                raise ValueError(f"{path}, line {number}: want {len(rows[0]) if rows else 'some'} finite numbers")
-            rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: no rows")
-    values = torch.tensor(rows, dtype=torch.float64).clamp(0, 1)
-    if sparsity is None:
-        return values > 0.5
-    mask = discretise(values, sparsity)
-    if bool(((values == 0) | (values == 1)).all()) and not torch.equal(mask, values == 1):
-        raise ValueError(f"{path}: holds a finished mask of sparsity {1 - values.mean().item():.4g}, not {sparsity:g}")
-    return mask
-
-
-# --- demo ---------------------------------------------------------------------------------------------------------------
-
-def toy(steps, seed, target=0.75):
-    """The Lagrangian alone: 12 heads of which each has a known benefit, 3, 2, 1, then almost none. Returns log_alpha (3, 4)
-    and the multipliers after `steps` of minimising -benefit * z + penalty."""
-    rng = torch.Generator().manual_seed(seed)
-    benefit = torch.tensor([3.0, 2.0, 1.0] + [0.02] * 9).view(3, 4)
-    gates = Gates(3, 4, PRESETS["tiny"]["mask_init"], rng)
-    optimizer = torch.optim.AdamW(gates.param_groups(0.1, 0.01), betas=(0.9, 0.95))
-    for step in range(steps):
-        z = draw_gates(gates.log_alpha, torch.rand(8, 3, 4, generator=rng).clamp(1e-6, 1 - 1e-6)).mean(0)
-        sparsity = 1 - probability_open(gates.log_alpha).mean()
-        loss = -(benefit * z).sum() + gates.penalty(sparsity, target * min(1.0, step / (0.8 * steps)))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return gates.log_alpha.detach(), gates.multipliers.tolist()
-
-
-def main():
-    parse([], description="Hard-concrete gates and the Lagrangian on twelve toy heads. train.py --method prulong learns a Llama's.")
-    print("Hard-concrete gates: z is exactly 0 or 1 most of the time (200,000 draws each)\n")
-    print("| log_alpha | P(z = 0) | P(0 < z < 1) | P(z = 1) | mean z |\n|---|---|---|---|---|")
-    rng = torch.Generator().manual_seed(0)
-    for value in (-4.0, -2.0, 0.0, 2.0, 4.0):
-        z = draw_gates(torch.tensor(value), torch.rand(200_000, generator=rng).clamp(1e-6, 1 - 1e-6))
-        zero, one = (z == 0).float().mean(), (z == 1).float().mean()
-        print(f"| {value:g} | {zero:.3f} | {1 - zero - one:.3f} | {one:.3f} | {z.mean():.3f} |")
-    print("\nLagrangian on 12 toy heads, target sparsity 0.75, heads 0, 1, 2 worth keeping\n")
-    print("| steps | expected sparsity | lambda1 | lambda2 | heads kept |\n|---|---|---|---|---|")
-    for steps in (25, 100, 400):
-        log_alpha, (l1, l2) = toy(steps, seed=0)
-        kept = discretise(log_alpha, 0.75).flatten().nonzero()[:, 0].tolist()
-        print(f"| {steps} | {1 - probability_open(log_alpha).mean():.3f} | {l1:.2f} | {l2:.2f} | {kept} |")
-
-
-if __name__ == "__main__":
-    main()
+def draw_map(path, masks):
+    """An SVG of masks {name: (n_layer, n_kv_head)}, side by side: a row a layer, a column a KV
+    head, dark = full cache; scores in between give shades."""
+    cell, left, top, out = 16, 40, 40, []
+    for name, mask in masks.items():
+        out.append(f'<text x="{left}" y="20">{html.escape(name)}</text>')
+        for layer, row in enumerate(mask.double().tolist()):
+            y = top + cell * layer
+            out.append(f'<text x="{left - 6}" y="{y + 12}" text-anchor="end">{layer}</text>')
+            for h, value in enumerate(row):
+                grey, x = round(235 - 195 * value), left + cell * h
+                out.append(f'<rect x="{x}" y="{y}" width="{cell - 1}" height="{cell - 1}" '
+                           f'fill="rgb({grey},{grey},{grey + 20})"/>')
+        left += cell * mask.shape[1] + 80
+    height = top + cell * len(mask) + 30
+    out.append(f'<text x="40" y="{height - 10}">rows: layers; columns: KV heads; dark: full</text>')
+    with replacing(path) as part, open(part, "w", encoding="utf-8") as f:
+        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {max(left, 320)} {height}" '
+                'font-family="sans-serif" font-size="12">\n<rect width="100%" height="100%" '
+                'fill="white"/>\n' + "\n".join(out) + "\n</svg>\n")
