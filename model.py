@@ -303,7 +303,7 @@ class CrossEntropy(torch.autograd.Function):
     """sum_i w_i * nll_i, a block of rows at a time. The gradient is formed while a block's logits
     are at hand: they are computed once, and no more of them ever exists."""
 
-    BLOCK = 2 ** 24  # logits at a time: 64 MB
+    BLOCK = 2 ** 25  # logits at a time: 128 MB
 
     @staticmethod
     def forward(ctx, hidden, head, targets, weights):
@@ -711,15 +711,18 @@ class KVCache:
         """The `attend` of a chunk: queries see what is stored and, causally, what is new; then
         rules choose what of it to store."""
         q = q.unflatten(1, (k.shape[1], -1))  # (T, n_kv_head, G, D)
-        out = torch.empty_like(q)
+        out, groups = torch.empty_like(q), self.groups[layer]
         self.turn_sinks(layer)
-        for rule, heads in self.groups[layer]:
-            heads = heads if len(heads) < k.shape[1] else slice(None)
+        for rule, heads in groups:
+            heads = heads if len(groups) > 1 else slice(None)
             step = self.look(layer, heads, q, k, v)
             rows, keys, values = step.q.flatten(1, 2), step.keys, step.values
             bounds = [0, len(rows)], [0, keys.shape[1]]
             o = attention(rows, keys.transpose(0, 1), values.transpose(0, 1), *bounds)
-            out[:, heads] = o.view(step.q.shape)
+            if len(groups) == 1:
+                out = o.view(q.shape)
+            else:
+                out[:, heads] = o.view(step.q.shape)
             if rule.n_queries:
                 step.q = self.remember(layer, rule.n_queries, step)
             self.store(layer, heads, step, rule.keep(step))
@@ -734,9 +737,8 @@ class KVCache:
         return Step(
             layer=layer, n_layer=self.config.n_layer, heads=heads, q=q, k=k, v=v,
             positions=positions, rng=self.rng, first=slots.shape[1],
-            keys=torch.cat((old_k, k.transpose(0, 1)), 1),
-            values=torch.cat((old_v, v.transpose(0, 1)), 1),
-            key_positions=torch.cat((old_positions, positions.expand(len(slots), -1)), 1),
+            keys=behind(old_k, k.transpose(0, 1)), values=behind(old_v, v.transpose(0, 1)),
+            key_positions=behind(old_positions, positions.expand(len(slots), -1)),
             note=F.pad(old_note, (0, len(q))), **self.now)
 
     def remember(self, layer, n_queries, step):
@@ -857,6 +859,11 @@ def slot(n, room, sink):
     """Of entry n. The next entry's slot is never seen: it holds a ring's oldest entry, or none."""
     ring = sink + (n - sink) % (room - sink).clamp(min=1)
     return torch.where(n < room, n, ring)
+
+
+def behind(old, new):
+    """Entries (heads, n, ...) with new ones behind them."""
+    return torch.cat((old, new), 1) if old.shape[1] else new
 
 
 def moved(old, size, moves):
