@@ -697,10 +697,10 @@ class KVCache:
         for i, part in enumerate(parts):
             final = i == len(parts) - 1
             tail = tokens[:0] if final or not self.patch else tokens[-self.patch:]
+            seen = int(row.seen)
+            positions = torch.arange(seen, seen + len(part) + len(tail), device=part.device)
             row.now = dict(n_new=len(part), n_patch=len(tail), final=final, decoding=decoding,
-                           seen=int(row.seen))
-            positions = row.now["seen"] + torch.arange(len(part) + len(tail), device=part.device)
-            row.positions_now = positions
+                           seen=seen, positions=positions)
             self.logs[b].append((len(part), int(row.visible().sum())))
             row.shift_sinks()
             hidden = model.hidden(torch.cat((part, tail)), row.attend_chunk, positions)
@@ -733,12 +733,12 @@ class KVCache:
         slots = self.stored(layer, heads)  # (heads, n_old)
         old_k, old_v, old_positions, old_note = (x[slots] for x in self.buffers[layer])
         q, k, v = q[:, heads], k[:, heads], v[:, heads]
-        positions = self.positions_now
+        positions = self.now["positions"].expand(len(slots), -1)
         return Step(
             layer=layer, n_layer=self.config.n_layer, heads=heads, q=q, k=k, v=v,
-            positions=positions, rng=self.rng, first=slots.shape[1],
+            rng=self.rng, first=slots.shape[1],
             keys=behind(old_k, k.transpose(0, 1)), values=behind(old_v, v.transpose(0, 1)),
-            key_positions=behind(old_positions, positions.expand(len(slots), -1)),
+            key_positions=behind(old_positions, positions),
             note=F.pad(old_note, (0, len(q))), **self.now)
 
     def remember(self, layer, n_queries, step):
@@ -781,7 +781,7 @@ class KVCache:
         self.shift_sinks()
         self.slots = (self.start + slot(self.count, self.room, self.sink)).flatten(1)
         self.length = torch.minimum(self.count + 1, self.room)
-        self.positions_now = self.seen.repeat_interleave(self.config.n_kv_head)
+        self.new_positions = self.seen.repeat_interleave(self.config.n_kv_head)
         hidden = model.hidden(tokens, self.attend, self.seen)
         self.count += live[:, None]
         self.seen += live
@@ -794,7 +794,7 @@ class KVCache:
         keys, values, positions, _ = self.buffers[layer]
         keys.index_copy_(0, self.slots[layer], k.flatten(0, 1))
         values.index_copy_(0, self.slots[layer], v.flatten(0, 1))
-        positions.index_copy_(0, self.slots[layer], self.positions_now)
+        positions.index_copy_(0, self.slots[layer], self.new_positions)
         return decode(q, keys, values, self.start[layer], self.length[layer])
 
     def step_by_row(self, model, tokens, live):

@@ -1666,7 +1666,9 @@ def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path, monkeypat
     train.main([*args, "lm", "--overwrite"])
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         "mine.txt", "log.jsonl", "checkpoint.safetensors", "config.json", "model.safetensors",
-        "heads.svg", "duo"} and not list((tmp_path / "run" / "duo").iterdir())
+        "duo"} and not list((tmp_path / "run" / "duo").iterdir())
+    train.main([*args, "lm", "--out_dir", "out", "--overwrite"])  # another's folder: nothing lost
+    assert (tmp_path / "out" / "tiny-seed0" / "config.json").exists()
 
 
 BAD_FLAGS = [
@@ -3807,3 +3809,24 @@ def test_prulong_beats_random_masks_on_a_trained_model(tmp_path, monkeypatch, ca
     assert table["prulong"]["full heads"] == 3
     again = eval_tasks.tiny_model(0)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), eval_tasks.tiny_model(0).parameters()))
+
+
+def readme_blocks():
+    """name -> code of README's python blocks that begin with `# NAME.py`."""
+    text = open(os.path.join(HERE, "README.md")).read()
+    blocks = re.findall(r"```python\n# (\w+\.py):.*\n((?:.*\n)*?)```", text)
+    return {name: code for name, code in blocks}
+
+
+def test_readme_examples_run(tmp_path):
+    """The technique and the policy of the README, as files of their own."""
+    save_model(small(vocab_size=258, eos_ids=(257,)).float(), tmp_path / "m")
+    args = {"mine.py": "--method mine --reach 8 --beside lm --steps 2 --eval_seqs 2",
+            "third.py": "--model m --tasks niah_s --lengths 700 --examples 1 --policy third "
+                        "--keep 0.5 --max_new_tokens 2 --dtype float32"}
+    blocks = readme_blocks()
+    assert blocks.keys() == args.keys()
+    for name, code in blocks.items():
+        (tmp_path / name).write_text(code)
+        done = script(tmp_path / name, *args[name].split(), cwd=tmp_path)
+        assert done.returncode == 0 and "| mine |" in done.stdout or "third" in done.stdout, done.stderr

@@ -472,14 +472,12 @@ def fit(method, model, data, args, out_dir, about):
                 raise SystemExit(f"train.py: loss {loss}, gradient norm {norm} at step {step}; "
                                  f"the last good checkpoint is step {saved}")
             optimizer.zero_grad(set_to_none=True)
-            speed = n_tokens / (time.perf_counter() - begun)
-            row = dict(step=step, loss=loss, grad_norm=norm, lr=optimizer.param_groups[0]["lr"],
-                       tokens=n_tokens, tokens_per_s=round(speed, 1),
-                       peak_bytes=peak_memory(args.device), **metrics)
-            shown = {"loss": f"{loss:.3f}", "tok/s": f"{speed:.0f}",
-                     "MB": f"{row['peak_bytes'] / 1e6:.0f}"}
-            write_log(log, event="step", **row)
-            bar.set_postfix(shown | {k: f"{v:.2f}" for k, v in list(metrics.items())[:3]})
+            seconds, lr = time.perf_counter() - begun, optimizer.param_groups[0]["lr"]
+            speed, peak = round(n_tokens / seconds, 1), peak_memory(args.device)
+            row = dict(step=step, loss=loss, grad_norm=norm, lr=lr, tokens=n_tokens,
+                       tokens_per_s=speed, peak_bytes=peak)
+            write_log(log, event="step", **row, **metrics)
+            show(bar, row, metrics)
             if args.eval_every and (step + 1) % args.eval_every == 0:
                 with autocast(args):
                     scores = method.evaluate(model, data)
@@ -491,6 +489,13 @@ def fit(method, model, data, args, out_dir, about):
         bar.close()
         print(f"stopped in step {step}; --resume goes on from step {saved}", file=sys.stderr)
         raise
+
+
+def show(bar, row, metrics):
+    """A step in the progress bar: also tokens a second, peak memory, the method's numbers."""
+    shown = {"loss": f"{row['loss']:.3f}", "tok/s": f"{row['tokens_per_s']:.0f}",
+             "MB": f"{row['peak_bytes'] / 1e6:.0f}"}
+    bar.set_postfix(shown | {name: f"{value:.2f}" for name, value in metrics.items()})
 
 
 def learn(method, model, data, step, args):
@@ -561,25 +566,30 @@ def main(argv=None, methods=METHODS):
     with autocast(args):
         before = kind(model, config, args.seed).before(model, data)
     print(describe(model, args), flush=True)
-    begin(args, config)
+    begin(args, config, runs)
+    finished = fit_all(runs, model, data, args)
+    leave()
+    report(finished, before, data, args)
+
+
+def fit_all(runs, model, data, args) -> dict:
+    """Train the method and those beside it, and save what they learned: name -> (method, model).
+    Where weights are trained, each run begins with a fresh model."""
+    frozen = all(kind.frozen(config) for kind, _, config in runs.values())
     finished = {}
-    for name, (kind, run_args, run_config) in runs.items():
-        out_dir = args.out_dir
-        if finished:
-            out_dir = os.path.join(args.out_dir, name.replace(":", "-").replace("/", "-"))
-            os.makedirs(out_dir, exist_ok=True)
-        if finished and any(not k.frozen(c) for k, _, c in runs.values()):
-            model = build_model(kind, run_args, run_config)
-        method = kind(model, run_config, args.seed)
-        about = dict(name=name, flags=bound(run_args, run_config), weights=weights_of(run_args))
+    for name, (kind, run_args, config) in runs.items():
+        out_dir = folder_of(args, name)
+        if finished and not frozen:
+            model = build_model(kind, run_args, config)
+        method = kind(model, config, args.seed)
+        about = dict(name=name, flags=bound(run_args, config), weights=weights_of(run_args))
         shard(model, method, args)
         fit(method, model, data, run_args, out_dir, about)
-        model = gathered(model, functools.partial(build_model, kind, run_args, run_config))
+        model = gathered(model, functools.partial(build_model, kind, run_args, config))
         if rank() == 0:
             save(method, model, args, out_dir)
         finished[name] = method, model
-    leave()
-    report(finished, before, data, args)
+    return finished
 
 
 def build_model(method_class, args, config):
@@ -650,24 +660,36 @@ def check_out_dir(args, config):
                 raise ValueError(f"--resume: {name} was {old}, now {value}")
 
 
-def begin(args, config):
-    """Remove exactly the files that an earlier run wrote, and start the log."""
+def folder_of(args, name):
+    """Where a run or a variant beside it writes."""
+    if name == args.method:
+        return args.out_dir
+    return os.path.join(args.out_dir, name.replace(":", "-").replace("/", "-"))
+
+
+def begin(args, config, names):
+    """Remove exactly the files that an earlier run says it wrote, and start the log."""
     barrier()
     if rank() == 0 and not args.resume:
         log = os.path.join(args.out_dir, "log.jsonl")
-        if os.path.exists(log):
-            with open(log, encoding="utf-8") as f:
-                rows = [json.loads(line) for line in f if line.endswith("\n")]
+        with contextlib.suppress(FileNotFoundError), open(log, encoding="utf-8") as f:
+            rows = [json.loads(line) for line in f if line.endswith("\n")]
             for path in itertools.chain(*(row.get("paths", ()) for row in rows)):
                 with contextlib.suppress(FileNotFoundError):
-                    os.remove(path)
-        for folder, _, files in os.walk(args.out_dir):
-            for name in {"log.jsonl", "checkpoint.safetensors"} & set(files):
-                os.remove(os.path.join(folder, name))
-        os.makedirs(args.out_dir, exist_ok=True)
-        about = bound(args, config) | dict(torch=torch.__version__)
-        write_log(log, event="config", device=args.device, **about)
+                    os.remove(os.path.join(args.out_dir, path))
+        folders = [folder_of(args, name) for name in names]
+        for folder in folders:
+            os.makedirs(folder, exist_ok=True)
+        paths = [os.path.join(folder, file) for folder in folders
+                 for file in ("checkpoint.safetensors", "log.jsonl")]
+        about = bound(args, config) | dict(device=args.device, torch=torch.__version__)
+        write_log(log, event="config", paths=inside(args, paths), **about)
     barrier()
+
+
+def inside(args, paths) -> list:
+    """Paths as the log has them: from --out_dir on."""
+    return [os.path.relpath(path, args.out_dir) for path in paths]
 
 
 def save(method, model, args, out_dir):
@@ -677,22 +699,27 @@ def save(method, model, args, out_dir):
         source = os.path.join(args.model, name)
         if os.path.exists(source) and any(path.endswith(".safetensors") for path in paths):
             paths.append(shutil.copy(source, out_dir))
-    write_log(os.path.join(args.out_dir, "log.jsonl"), event="saved", paths=paths)
+    log = os.path.join(args.out_dir, "log.jsonl")
+    write_log(log, event="saved", paths=inside(args, paths))
     print(f"saved {', '.join(paths)}", flush=True)
 
 
 def report(finished, before, data, args):
     """The method's table, and as the last line one JSON object."""
     method, model = finished[args.method]
+    before_files = set(os.listdir(args.out_dir))
     with autocast(args):
         rows = method.rows(model, data, before, finished, args.out_dir)
+    new = sorted(set(os.listdir(args.out_dir)) - before_files)
+    for name in new:
+        print(f"saved {os.path.join(args.out_dir, name)}")
     columns = list(dict.fromkeys(name for _, values in rows for name in values))
     print("\n| | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
     for name, values in rows:
         cells = [f"{values[c]:.3f}" if c in values else "" for c in columns]
         print(f"| {name} | " + " | ".join(cells) + " |")
     table = {name: {k: round(float(v), 5) for k, v in values.items()} for name, values in rows}
-    write_log(os.path.join(args.out_dir, "log.jsonl"), event="end", rows=table)
+    write_log(os.path.join(args.out_dir, "log.jsonl"), event="end", rows=table, paths=new)
     print()
     print(json.dumps({"method": args.method, "seed": args.seed, "rows": table}))
 
