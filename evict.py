@@ -28,7 +28,7 @@ from torch import nn
 
 from attention_triton import attention
 from model import (Everything, KVCache, Llama, LlamaConfig, Method, flag, generate, load_heads,
-                   parse, rope, rotate, rounded, run, write_tensors)
+                   parse, rope, rotate, run, write_tensors)
 
 # --- rules ---------------------------------------------------------------------------------------
 # A rule says what a KV head stores. `takes` names the settings that it reads, `sweep` the settings
@@ -53,13 +53,14 @@ class Full(Everything):
 class Ring(Full):
     """The sink and a window; entries have their true positions."""
     takes = ("sink", "window")
+    ring = True
 
     def __init__(self, settings):
         super().__init__(settings)
         self.sink = 128 if settings.sink is None else settings.sink
         self.window = settings.window or 1024
 
-    def room(self, layer, held, chunks, new):
+    def room(self, layer, held, seen, chunks, new):
         return self.sink + self.window
 
 
@@ -153,8 +154,8 @@ class Rule(Full):
             return self.settings.recent
         return 0 if step.n_patch else self.settings.obs_window
 
-    def room(self, layer, held, chunks, new):
-        return rounded(held + sum(min(n, self.share(n)) for n in chunks) + new)
+    def room(self, layer, held, seen, chunks, new):
+        return held + sum(min(n, self.share(n)) for n in chunks) + new
 
 
 class SnapKV(Rule):
@@ -186,9 +187,9 @@ class PyramidKV(SnapKV):
         window = w or self.settings.obs_window
         return pyramid_budget(step.layer, step.n_layer, cap + w, window, n + w) - w
 
-    def room(self, layer, held, chunks, new):
+    def room(self, layer, held, seen, chunks, new):
         most = sum(min(n, 2 * self.share(n)) for n in chunks)
-        return rounded(held + most + new)
+        return held + most + new
 
 
 class KeyNorm(Rule):
@@ -223,10 +224,10 @@ class TotalRule(Rule):
     def sweep(share, length):
         return dict(budget=max(1, round(share * length)))
 
-    def room(self, layer, held, chunks, new):
+    def room(self, layer, held, seen, chunks, new):
         n = held + sum(chunks) + new
-        kept = max(self.share(n), self.decode_budget() or 0)
-        return rounded(min(n, kept) + min(new, self.every or new) + 1)
+        kept = max(self.share(n - held + seen), self.decode_budget() or 0)
+        return min(n, kept) + min(new, self.every or new) + 1
 
 
 class H2O(TotalRule):

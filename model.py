@@ -538,18 +538,14 @@ class Everything:
     shift = False  # count the distance to the sink in entries, not in tokens (StreamingLLM)
     every_token = False  # judge after every decoded token, not only after a chunk
     n_queries = 0  # last queries that must be remembered while decoding
+    ring = False  # room is how much it holds at most: it may not be larger than needed
 
-    def room(self, layer, held, chunks, new) -> int:
-        """Slots for `held` entries, chunks of these lengths and `new` decoded tokens."""
-        return rounded(held + sum(chunks) + new)
+    def room(self, layer, held, seen, chunks, new) -> int:
+        """Slots for `held` entries of `seen` tokens, a prompt in `chunks`, `new` decoded tokens."""
+        return held + sum(chunks) + new
 
     def keep(self, step):
         """Indices (heads, kept) into step.keys of what to store, ascending; None: what is new."""
-
-
-def rounded(n):
-    """Slots in steps of 128: sequences of about equal length get equal rooms."""
-    return -(-n // 128) * 128
 
 
 @dataclass
@@ -634,14 +630,16 @@ class KVCache:
 
     def reserve(self, lengths, max_new_tokens, chunk=None):
         """Rooms for prompts of `lengths` [tokens] and their answers; entries move if they must."""
-        room, held = self.room.tolist(), self.visible().tolist()
+        room, held, seen = self.room.tolist(), self.visible().tolist(), self.seen.tolist()
+        step = 16 if len(self.logs) == 1 else 128  # rows of about equal length get equal rooms
         for b, n in enumerate(lengths):
             self.log(b)  # before rooms change
             size = chunk or self.chunk or max(n, 1)
             chunks = [min(size, n - start) for start in range(0, n, size)]
             for layer, rules in enumerate(self.rules):
                 for h, rule in enumerate(rules):
-                    need = rule.room(layer, held[layer][b][h], chunks, max_new_tokens)
+                    need = rule.room(layer, held[layer][b][h], seen[b], chunks, max_new_tokens)
+                    need = need if rule.ring else -(-need // step) * step
                     room[layer][b][h] = max(need, room[layer][b][h])
         room = self.room.new_tensor(room)
         if not torch.equal(room, self.room):
@@ -761,6 +759,7 @@ class KVCache:
         else:
             head = torch.arange(len(kept), device=kept.device)[:, None]
             entries, first = [x[head, kept] for x in entries], torch.full_like(count, step.first)
+            assert step.first + kept.shape[1] < int(room[0]), "a rule keeps more than its room"
         end = first + entries[0].shape[1]
         n = first + torch.arange(entries[0].shape[1], device=count.device)  # (heads, entries)
         ring = room - sink

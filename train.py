@@ -391,7 +391,9 @@ def encode_chat(messages, tokenizer, seq_len):
             learned += [False] * len(before) + [True] * len(turn)
             text = prompt + content + end
     if len(ids) > seq_len:
-        raise ValueError(f"a conversation has {len(ids)} tokens, more than --seq_len {seq_len}")
+        words = messages[0]["content"][:40]
+        raise ValueError(f"the conversation {words!r} has {len(ids)} tokens, more than --seq_len "
+                         f"{seq_len}")
     tokens, mask = torch.tensor(ids), torch.tensor(learned[1:] + [False])
     return tokens, torch.where(mask, tokens.roll(-1), -100)
 
