@@ -470,8 +470,8 @@ def gradient_norm(params) -> float:
     """Norm of all gradients together; sharded ones and others are added up apart."""
     grads = [p.grad for p in params if p.grad is not None]
     sharded = [g for g in grads if hasattr(g, "full_tensor")]
-    whole = [g for g in grads if not hasattr(g, "full_tensor")]
-    norms = [nn.utils.get_total_norm(kind) for kind in (sharded, whole) if kind]
+    others = [g for g in grads if not hasattr(g, "full_tensor")]
+    norms = [nn.utils.get_total_norm(kind) for kind in (sharded, others) if kind]
     norms = [norm.full_tensor() if hasattr(norm, "full_tensor") else norm for norm in norms]
     return math.hypot(*(norm.item() for norm in norms))
 
@@ -1474,5 +1474,5 @@ def main():
 
 
 if __name__ == "__main__":
-    import model as whole  # evict.py imports this file: let every class exist once
-    whole.run(whole.main)
+    import model  # evict.py imports this file: let every class exist once
+    model.run(model.main)

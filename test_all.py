@@ -955,11 +955,17 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
 
 # --- tokenizer -----------------------------------------------------------------------------------
 
+
 def made_tokenizer(folder, digits=True, seed=0):
     """A byte-level BPE tokenizer.json learned on a little text: ids in random order, a few special tokens among them."""
-    text = " the cat sat on the mat. 1 2 33 444 don't we'll  and\n\n  then\tsome   more 12345 théâtre" * 3
+    text = (
+        " the cat sat on the mat. 1 2 33 444 don't we'll  and\n\n  then\tsome   more 12345 théâtre"
+        * 3
+    )
     letters = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = {b: chr(b) for b in letters} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in letters)}
+    letters = {b: chr(b) for b in letters} | {
+        b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in letters)
+    }
     words = [[letters[b] for b in w.encode()] for w in text.replace(" ", "\0 ").split("\0")]
     merges = []
     for _ in range(60):
@@ -975,11 +981,28 @@ def made_tokenizer(folder, digits=True, seed=0):
     tokens = ["<|im_start|>", "<|im_end|>", *letters.values(), *("".join(m) for m in merges)]
     ids = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed)).tolist()
     level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    (folder / "tokenizer.json").write_text(json.dumps({
-        "added_tokens": [{"id": ids[i], "content": tokens[i]} for i in (0, 1)], "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, level]} if digits else level,
-        "model": {"type": "BPE", "vocab": dict(zip(tokens, ids)), "merges": [" ".join(m) for m in merges]}}))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}}))
+    (folder / "tokenizer.json").write_text(
+        json.dumps(
+            {
+                "added_tokens": [{"id": ids[i], "content": tokens[i]} for i in (0, 1)],
+                "normalizer": None,
+                "pre_tokenizer": {
+                    "type": "Sequence",
+                    "pretokenizers": [{"type": "Digits", "individual_digits": True}, level],
+                }
+                if digits
+                else level,
+                "model": {
+                    "type": "BPE",
+                    "vocab": dict(zip(tokens, ids)),
+                    "merges": [" ".join(m) for m in merges],
+                },
+            }
+        )
+    )
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}})
+    )
     return letters, merges, dict(zip(tokens, ids))
 
 
@@ -993,7 +1016,7 @@ def slow_merge(symbols, merges):
         rule, out = merges[min(at)], []
         while symbols:
             out.append(symbols[0] + symbols[1] if tuple(symbols[:2]) == rule else symbols[0])
-            symbols = symbols[len(rule) if tuple(symbols[:2]) == rule else 1:]
+            symbols = symbols[len(rule) if tuple(symbols[:2]) == rule else 1 :]
         symbols = out
 
 
@@ -1002,30 +1025,49 @@ def test_tokenizer_json_equals_bpe_by_its_definition(tmp_path, digits):
     """Digits are cut out first, the GPT-2 pattern then sees what lies between; here with Python's re on ASCII letters."""
     letters, merges, ids = made_tokenizer(tmp_path, digits)
     tokenizer = load_tokenizer(tmp_path)
-    pattern = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z\u00e0-\u00ff]+| ?[0-9]+| ?[^\sA-Za-z0-9\u00e0-\u00ff]+|\s+(?!\S)|\s+")
+    pattern = re.compile(
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z\u00e0-\u00ff]+| ?[0-9]+| ?[^\sA-Za-z0-9\u00e0-\u00ff]+|\s+(?!\S)|\s+"
+    )
     random = np.random.default_rng(0)
     alphabet = list("the catson m.12345'dlwer\n\t  ") + ["é", "â", "'ll", "the", "  ", "\n\n"]
     for _ in range(300):
         text = "".join(random.choice(alphabet, int(random.integers(0, 30))))
         parts = re.split("([0-9])", text) if digits else [text]
-        want = [ids[s] for part in parts for piece in pattern.findall(part) for s in slow_merge([letters[b] for b in piece.encode()], merges)]
+        want = [
+            ids[s]
+            for part in parts
+            for piece in pattern.findall(part)
+            for s in slow_merge([letters[b] for b in piece.encode()], merges)
+        ]
         assert tokenizer.encode(text) == want, repr(text)
         assert tokenizer.decode(want) == text
     assert tokenizer.encode("a<|im_end|>b")[1] == tokenizer.eos_ids[0] == ids["<|im_end|>"]
     assert tokenizer.bos_id == ids["<|im_start|>"] and not tokenizer.add_bos
-    assert tokenizer.chat([{"role": "user", "content": "hi"}]) == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert (
+        tokenizer.chat([{"role": "user", "content": "hi"}])
+        == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    )
     assert tokenizer.decode([99999]) == "\ufffd"
 
 
 def test_llama3_tokenizer_model(tmp_path):
     tokens = [bytes([b]) for b in range(256)] + [b"he", b"ll", b"hell", b"hello", b" w"]
-    (tmp_path / "tokenizer.model").write_bytes(b"".join(base64.b64encode(t) + f" {i}\n".encode() for i, t in enumerate(tokens)))
+    (tmp_path / "tokenizer.model").write_bytes(
+        b"".join(base64.b64encode(t) + f" {i}\n".encode() for i, t in enumerate(tokens))
+    )
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.encode("hello w1234") == [259, 260, *b"1234"] and tokenizer.decode([259, 260]) == "hello w"
+    assert (
+        tokenizer.encode("hello w1234") == [259, 260, *b"1234"]
+        and tokenizer.decode([259, 260]) == "hello w"
+    )
     assert len(tokenizer.special) == 256 and tokenizer.special["<|eot_id|>"] == len(tokens) + 9
-    text = tokenizer.chat([{"role": "system", "content": " be brief "}, {"role": "user", "content": "hello"}])
-    assert text == ("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nbe brief<|eot_id|>"
-                    "<|start_header_id|>user<|end_header_id|>\n\nhello<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n")
+    text = tokenizer.chat(
+        [{"role": "system", "content": " be brief "}, {"role": "user", "content": "hello"}]
+    )
+    assert text == (
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nbe brief<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nhello<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
     assert tokenizer.encode(text)[:2] == [len(tokens), len(tokens) + 6]
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00")
     with pytest.raises(ValueError, match="tokenizer.model"):
@@ -1034,30 +1076,62 @@ def test_llama3_tokenizer_model(tmp_path):
 
 def test_chat_templates_and_odd_tokenizers(tmp_path):
     made_tokenizer(tmp_path)
-    for template, system in (("{{ '<|im_start|>system\\nnever lie<|im_end|>\\n' }}", "never lie"), ("<|im_start|>system\nnow<|im_end|>", "now"),
-                             ("'<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>'", None)):
+    for template, system in (
+        ("{{ '<|im_start|>system\\nnever lie<|im_end|>\\n' }}", "never lie"),
+        ("<|im_start|>system\nnow<|im_end|>", "now"),
+        ("'<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>'", None),
+    ):
         (tmp_path / "chat_template.jinja").write_text(template)
         assert load_tokenizer(tmp_path).system == system
     good = json.loads((tmp_path / "tokenizer.json").read_text())
-    split = lambda pattern: {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}, {"type": "ByteLevel", "use_regex": False}]}}
-    for change in ({"added_tokens": [{"id": 5, "content": "aa"}, {"id": 6, "content": "aaa"}]},
-                   {"normalizer": {"type": "NFC"}}, split(5), split("(")):
+    split = lambda pattern: {
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": pattern},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
+                {"type": "ByteLevel", "use_regex": False},
+            ],
+        }
+    }
+    for change in (
+        {"added_tokens": [{"id": 5, "content": "aa"}, {"id": 6, "content": "aaa"}]},
+        {"normalizer": {"type": "NFC"}},
+        split(5),
+        split("("),
+    ):
         (tmp_path / "tokenizer.json").write_text(json.dumps(good | change))
         with pytest.raises(ValueError, match="tokenizer.json"):
             load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(good | split("a+")))
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.decode(tokenizer.encode("xaay")) == "xaay"  # what the pattern leaves out is not lost
+    assert (
+        tokenizer.decode(tokenizer.encode("xaay")) == "xaay"
+    )  # what the pattern leaves out is not lost
 
 
 def test_byte_tokenizer_and_broken_files(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.encode("é\n") == [0xC3, 0xA9, 10] and tokenizer.decode([0xC3, 0xA9]) == "é" and tokenizer.bos_id == 256
+    assert (
+        tokenizer.encode("é\n") == [0xC3, 0xA9, 10]
+        and tokenizer.decode([0xC3, 0xA9]) == "é"
+        and tokenizer.bos_id == 256
+    )
     (tmp_path / "config.json").write_text('{"vocab_size": 256}')
     assert load_tokenizer(tmp_path).bos_id is None
-    for text, words in (('{"model": {"type": "WordPiece"}}', "byte-level BPE"), ("{}", "tokenizer.json"), ("{", "JSON"),
-                        ('{"model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": {"type": "Metaspace"}}', "Metaspace")):
+    for text, words in (
+        ('{"model": {"type": "WordPiece"}}', "byte-level BPE"),
+        ("{}", "tokenizer.json"),
+        ("{", "JSON"),
+        (
+            '{"model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": {"type": "Metaspace"}}',
+            "Metaspace",
+        ),
+    ):
         (tmp_path / "tokenizer.json").write_text(text)
         with pytest.raises(ValueError, match=words):
             load_tokenizer(tmp_path)
@@ -2297,78 +2371,226 @@ def test_real_llama_survives_a_round_trip(tmp_path):
 ROUTE = "From Sofia, take a bus to Riga.\nFrom Riga, take a train to Cork.\nFrom Cork, take a bus to Turin."
 GOOD_TABLE = "name\tprice\nRed Lamp\t$5\nOld Clock\t$45\n"
 CASES = [  # scorer, text (prefix and prediction), example, what the released scorers answer
-    ("qa", "Answer: an apple", {"answer": ["The Apple!"]}, {"exact_match": 1, "f1": 1, "rougeL_f1": 0.5, "rougeL_recall": 0.5}),
-    ("qa", "Answer: yes it is", {"answer": ["yes"]}, {"exact_match": 0, "f1": 0, "substring_exact_match": 1}),
+    (
+        "qa",
+        "Answer: an apple",
+        {"answer": ["The Apple!"]},
+        {"exact_match": 1, "f1": 1, "rougeL_f1": 0.5, "rougeL_recall": 0.5},
+    ),
+    (
+        "qa",
+        "Answer: yes it is",
+        {"answer": ["yes"]},
+        {"exact_match": 0, "f1": 0, "substring_exact_match": 1},
+    ),
     ("qa", "Paris\nAnswer: Lyon", {"answer": [["Lyon", "Lugdunum"]]}, {"exact_match": 1}),
     ("icl", "label: 3\n\nWhat is next ?\nlabel: 4", {"answer": "3"}, {"exact_match": 1}),
-    ("choice", "C", {"answer": ["B", "B. Bob Lee"]}, {"exact_match": 0, "substring_exact_match": 0}),
+    (
+        "choice",
+        "C",
+        {"answer": ["B", "B. Bob Lee"]},
+        {"exact_match": 0, "substring_exact_match": 0},
+    ),
     ("choice", "the", {"answer": ["A", "A. Ann"]}, {"exact_match": 1, "substring_exact_match": 0}),
-    ("choice", "I say B. Bob Lee", {"answer": ["B", "B. Bob Lee"]}, {"exact_match": 1, "substring_exact_match": 1}),
-    ("ruler_recall", "they are 4821763 and 99", {"answer": ["4821763", "1234567"]}, {"ruler_recall": 0.5}),
-    ("rerank", "Ranking: ID102 > ID107 > [ID: 105] > [111]", {"qrel": [["101", "0"], ["102", "3"], ["103", "1"], ["104", "0"], ["105", "2"],
-     ["106", "0"], ["107", "3"], ["108", "0"], ["109", "1"], ["110", "0"], ["111", "2"], ["112", "0"]], "k_values": [1, 5, 10]},
-     {"NDCG@1": 1, "NDCG@5": 0.94583, "NDCG@10": 0.90089, "MAP@1": 0.16667, "MAP@10": 0.66667, "Recall@5": 0.66667, "P@5": 0.8, "num_preds": 4}),
-    ("ndcg", "", {"scores": {"10": 2.0, "9": 2.0, "8": 1.0}, "qrel": {"10": 3, "9": 0, "8": 1}, "k_values": [1, 5, 10]},
-     {"NDCG@1": 0, "NDCG@5": 0.659, "MAP@5": 0.58333, "MRR": 0.5}),
+    (
+        "choice",
+        "I say B. Bob Lee",
+        {"answer": ["B", "B. Bob Lee"]},
+        {"exact_match": 1, "substring_exact_match": 1},
+    ),
+    (
+        "ruler_recall",
+        "they are 4821763 and 99",
+        {"answer": ["4821763", "1234567"]},
+        {"ruler_recall": 0.5},
+    ),
+    (
+        "rerank",
+        "Ranking: ID102 > ID107 > [ID: 105] > [111]",
+        {
+            "qrel": [
+                ["101", "0"],
+                ["102", "3"],
+                ["103", "1"],
+                ["104", "0"],
+                ["105", "2"],
+                ["106", "0"],
+                ["107", "3"],
+                ["108", "0"],
+                ["109", "1"],
+                ["110", "0"],
+                ["111", "2"],
+                ["112", "0"],
+            ],
+            "k_values": [1, 5, 10],
+        },
+        {
+            "NDCG@1": 1,
+            "NDCG@5": 0.94583,
+            "NDCG@10": 0.90089,
+            "MAP@1": 0.16667,
+            "MAP@10": 0.66667,
+            "Recall@5": 0.66667,
+            "P@5": 0.8,
+            "num_preds": 4,
+        },
+    ),
+    (
+        "ndcg",
+        "",
+        {
+            "scores": {"10": 2.0, "9": 2.0, "8": 1.0},
+            "qrel": {"10": 3, "9": 0, "8": 1},
+            "k_values": [1, 5, 10],
+        },
+        {"NDCG@1": 0, "NDCG@5": 0.659, "MAP@5": 0.58333, "MRR": 0.5},
+    ),
     ("parse_output", "Answer: x\ny", {"prefix_arg": "Answer:"}, {"parsed": "x"}),
-    ("normalize_answer", "The  A.B. \"an\" apple\u2019s", {}, {"normalized": "ab apple\u2019s"}),
+    ("normalize_answer", 'The  A.B. "an" apple\u2019s', {}, {"normalized": "ab apple\u2019s"}),
     ("remove_citations", "word [1][2]. More [3] text | end]", {}, {"text": "word. More text end"}),
-    ("alce_asqa", "In 1912, Roald [2] Amundsen\n\nstood.", {"qa_pairs": [{"short_answers": ["1912"]}, {"short_answers": ["Roald Amundsen"]},
-     {"short_answers": ["South Pole"]}]}, {"str_em": 200 / 3, "str_hit": 0}),
-    ("alce_qampari", "Marazan [1], Ruined City [4].", {"answers": [["Marazan"], ["S. Morris"], ["Ruined City"], ["X"]]},
-     {"num_preds": 2, "qampari_prec": 100, "qampari_rec": 50, "qampari_rec_top5": 50}),
-    ("html_to_tsv", "```tsv\n" + GOOD_TABLE + "```", {"reference_output": GOOD_TABLE}, {"f1": 1, "extraction_rate": 1}),
-    ("html_to_tsv", "```tsv\nname\tprice\nold clock\t45\nX\t1", {"reference_output": GOOD_TABLE}, {"precision": 0.5, "recall": 0.5, "f1": 0.5}),
-    ("html_to_tsv", "Here:\n" + GOOD_TABLE, {"reference_output": GOOD_TABLE}, {"f1": 0, "extraction_rate": 0}),
-    ("path_traversal", f"<Route>\n{ROUTE}\n</Route>", {"reference_output": ROUTE + "\n"}, {"accuracy": 1, "partial_accuracy": 1}),
-    ("path_traversal", f"<Route>{ROUTE.replace('a train', 'the train')}</Route>", {"reference_output": ROUTE}, {"accuracy": 0, "partial_accuracy": 2 / 3}),
-    ("path_traversal", ROUTE, {"reference_output": ROUTE}, {"partial_accuracy": 0, "extraction_rate": 0}),
-    ("tom_tracking", "- step 0: (INITIAL STATE) {a}\n- Step 1: x", {"reference_output": "T:\n- Step 0: (initial state) {a}\n- Step 1: y"},
-     {"accuracy": 0, "partial_accuracy": 0.5, "extraction_rate": 1}),
+    (
+        "alce_asqa",
+        "In 1912, Roald [2] Amundsen\n\nstood.",
+        {
+            "qa_pairs": [
+                {"short_answers": ["1912"]},
+                {"short_answers": ["Roald Amundsen"]},
+                {"short_answers": ["South Pole"]},
+            ]
+        },
+        {"str_em": 200 / 3, "str_hit": 0},
+    ),
+    (
+        "alce_qampari",
+        "Marazan [1], Ruined City [4].",
+        {"answers": [["Marazan"], ["S. Morris"], ["Ruined City"], ["X"]]},
+        {"num_preds": 2, "qampari_prec": 100, "qampari_rec": 50, "qampari_rec_top5": 50},
+    ),
+    (
+        "html_to_tsv",
+        "```tsv\n" + GOOD_TABLE + "```",
+        {"reference_output": GOOD_TABLE},
+        {"f1": 1, "extraction_rate": 1},
+    ),
+    (
+        "html_to_tsv",
+        "```tsv\nname\tprice\nold clock\t45\nX\t1",
+        {"reference_output": GOOD_TABLE},
+        {"precision": 0.5, "recall": 0.5, "f1": 0.5},
+    ),
+    (
+        "html_to_tsv",
+        "Here:\n" + GOOD_TABLE,
+        {"reference_output": GOOD_TABLE},
+        {"f1": 0, "extraction_rate": 0},
+    ),
+    (
+        "path_traversal",
+        f"<Route>\n{ROUTE}\n</Route>",
+        {"reference_output": ROUTE + "\n"},
+        {"accuracy": 1, "partial_accuracy": 1},
+    ),
+    (
+        "path_traversal",
+        f"<Route>{ROUTE.replace('a train', 'the train')}</Route>",
+        {"reference_output": ROUTE},
+        {"accuracy": 0, "partial_accuracy": 2 / 3},
+    ),
+    (
+        "path_traversal",
+        ROUTE,
+        {"reference_output": ROUTE},
+        {"partial_accuracy": 0, "extraction_rate": 0},
+    ),
+    (
+        "tom_tracking",
+        "- step 0: (INITIAL STATE) {a}\n- Step 1: x",
+        {"reference_output": "T:\n- Step 0: (initial state) {a}\n- Step 1: y"},
+        {"accuracy": 0, "partial_accuracy": 0.5, "extraction_rate": 1},
+    ),
 ]
-CASES += [("countdown", text, {"item": {"nums": [8, 2, 4, 3], "target": 11}, "reference_output": "# Search Procedure\nI\n |- Pick two numbers (1, 2)\n"
-                               "  |- Try 1 + 2 = 3. Evaluate 3 != 4, drop this branch.\n\nNow"}, want) for text, want in (
-    ("<Solution>\n8 / 2 = 4\n4 * 3 = 12\n12 - 4 = 8\n</Solution>", {"accuracy": 0, "extraction_rate": 1}),
-    ("<Solution>\n8 / 2 = 4\n 4 + 4=8\n8 + 3 = 11\n</Solution>", {"accuracy": 1}),
-    ("<Solution>\n8 / 2 = 4\n4 + 4 = 8\n8 + 3 = 11\n8 + 3 = 11\n</Solution>", {"accuracy": 0}),
-    ("<Solution>\n8 / 0 = 4\n9**9**9 = 1\n8 + 3 = 11\n</Solution>", {"accuracy": 0}),
-    ("# Search Procedure\nI\n |- Pick two numbers (1, 2)\n  |- Try 1 + 2 = 9. drop this branch", {"partial_accuracy": 0.5, "extraction_rate": 0}),
-    ("# Search Procedure\nI", {"partial_accuracy": -0.5}), ("# Search Procedure\nJ", {"partial_accuracy": 0}))]
+CASES += [
+    (
+        "countdown",
+        text,
+        {
+            "item": {"nums": [8, 2, 4, 3], "target": 11},
+            "reference_output": "# Search Procedure\nI\n |- Pick two numbers (1, 2)\n"
+            "  |- Try 1 + 2 = 3. Evaluate 3 != 4, drop this branch.\n\nNow",
+        },
+        want,
+    )
+    for text, want in (
+        (
+            "<Solution>\n8 / 2 = 4\n4 * 3 = 12\n12 - 4 = 8\n</Solution>",
+            {"accuracy": 0, "extraction_rate": 1},
+        ),
+        ("<Solution>\n8 / 2 = 4\n 4 + 4=8\n8 + 3 = 11\n</Solution>", {"accuracy": 1}),
+        ("<Solution>\n8 / 2 = 4\n4 + 4 = 8\n8 + 3 = 11\n8 + 3 = 11\n</Solution>", {"accuracy": 0}),
+        ("<Solution>\n8 / 0 = 4\n9**9**9 = 1\n8 + 3 = 11\n</Solution>", {"accuracy": 0}),
+        (
+            "# Search Procedure\nI\n |- Pick two numbers (1, 2)\n  |- Try 1 + 2 = 9. drop this branch",
+            {"partial_accuracy": 0.5, "extraction_rate": 0},
+        ),
+        ("# Search Procedure\nI", {"partial_accuracy": -0.5}),
+        ("# Search Procedure\nJ", {"partial_accuracy": 0}),
+    )
+]
 
 
 def test_scorers_answer_as_the_released_ones():
     for name, text, example, want in CASES:
         got = eval_tasks.SCORERS[name](text, example)
         for key, value in want.items():
-            assert got[key] == (value if isinstance(value, str) else pytest.approx(value, abs=1e-6)), (name, text, key, got)
+            assert got[key] == (
+                value if isinstance(value, str) else pytest.approx(value, abs=1e-6)
+            ), (name, text, key, got)
 
 
-@pytest.mark.skipif("SCORER_CASES" not in os.environ, reason="wants a JSON file of scorer cases in SCORER_CASES")
+@pytest.mark.skipif(
+    "SCORER_CASES" not in os.environ, reason="wants a JSON file of scorer cases in SCORER_CASES"
+)
 def test_scorers_on_a_file_of_cases():
     for case in json.load(open(os.environ["SCORER_CASES"])):
-        got = eval_tasks.SCORERS[case["scorer"]](case["prefix"] + (case["prediction"] or ""), case["example"])
+        got = eval_tasks.SCORERS[case["scorer"]](
+            case["prefix"] + (case["prediction"] or ""), case["example"]
+        )
         for key, value in (case["expected"] or case["expected_rmodels"]).items():
-            assert got[key] == (value if isinstance(value, str) else pytest.approx(value, abs=1e-6)), (case["id"], key)
+            assert got[key] == (
+                value if isinstance(value, str) else pytest.approx(value, abs=1e-6)
+            ), (case["id"], key)
 
 
 def test_stemmer_and_rouge():
     """Stems of Porter's own examples and of NLTK's extensions; ROUGE-L against every subsequence."""
-    for words, stems in (("caresses ponies ties caress cats feed agreed plastered bled motoring sing conflated troubled sized hopping falling",
-                          "caress poni tie caress cat feed agre plaster bled motor sing conflat troubl size hop fall"),
-                         ("relational conditional valenci hesitanci digitizer conformabli radicalli happy sky dying news enjoy say ion",
-                          "relat condit valenc hesit digit conform radic happi sky die news enjoy say ion"),
-                         ("triplicate formative formalize hopeful goodness revival allowance adjustable irritant replacement adoption rate "
-                          "probate cease controll roll generalization oscillators analogical archaeology apologies died",
-                          "triplic form formal hope good reviv allow adjust irrit replac adopt rate probat ceas control roll gener oscil analog "
-                          "archaeolog apolog die")):
+    for words, stems in (
+        (
+            "caresses ponies ties caress cats feed agreed plastered bled motoring sing conflated troubled sized hopping falling",
+            "caress poni tie caress cat feed agre plaster bled motor sing conflat troubl size hop fall",
+        ),
+        (
+            "relational conditional valenci hesitanci digitizer conformabli radicalli happy sky dying news enjoy say ion",
+            "relat condit valenc hesit digit conform radic happi sky die news enjoy say ion",
+        ),
+        (
+            "triplicate formative formalize hopeful goodness revival allowance adjustable irritant replacement adoption rate "
+            "probate cease controll roll generalization oscillators analogical archaeology apologies died",
+            "triplic form formal hope good reviv allow adjust irrit replac adopt rate probat ceas control roll gener oscil analog "
+            "archaeolog apolog die",
+        ),
+    ):
         assert [eval_tasks.stem(w) for w in words.split()] == stems.split()
     rng = np.random.default_rng(0)
     for _ in range(60):
         a, b = ([str(x) for x in rng.integers(0, 4, rng.integers(1, 8))] for _ in range(2))
         is_sub = lambda s, t: all(x in it for it in [iter(t)] for x in s)
-        longest = max(len(s) for r in range(len(a) + 1) for s in itertools.combinations(a, r) if is_sub(s, b))
+        longest = max(
+            len(s) for r in range(len(a) + 1) for s in itertools.combinations(a, r) if is_sub(s, b)
+        )
         f1, recall = eval_tasks.rouge_l(" ".join(b), " ".join(a))
-        assert recall == pytest.approx(longest / len(a)) and f1 == pytest.approx(2 * longest / (len(a) + len(b)))
+        assert recall == pytest.approx(longest / len(a)) and f1 == pytest.approx(
+            2 * longest / (len(a) + len(b))
+        )
 
 
 TEXT_TASKS = [name for name in eval_tasks.TASKS if name != "facts"]
@@ -2376,8 +2598,12 @@ TEXT_TASKS = [name for name in eval_tasks.TASKS if name != "facts"]
 
 def gold_text(name, example):
     kind = eval_tasks.TASKS[name].scorer
-    text = example.gold.get("reference_output") or (" ".join(example.answer) if kind == "ruler_recall" else eval_tasks.flat(example.answer)[0])
-    return {"path_traversal": f"<Route>{text}</Route>", "html_to_tsv": f"```tsv\n{text}```"}.get(kind, " " + text)
+    text = example.gold.get("reference_output") or (
+        " ".join(example.answer) if kind == "ruler_recall" else eval_tasks.flat(example.answer)[0]
+    )
+    return {"path_traversal": f"<Route>{text}</Route>", "html_to_tsv": f"```tsv\n{text}```"}.get(
+        kind, " " + text
+    )
 
 
 @pytest.mark.parametrize("name", TEXT_TASKS)
@@ -2386,11 +2612,17 @@ def test_built_tasks_have_their_length_and_a_right_answer(name):
     tokenizer = model_file.byte_tokenizer()
     length = next(n for n in (4500, 16000, 80000) if tier_fits(name, n, tokenizer))
     examples = eval_tasks.build(name, 2, length, 5, tokenizer)
-    assert eval_tasks.build(name, 1, length, 5, tokenizer) == examples[:1] and examples != eval_tasks.build(name, 2, length, 6, tokenizer)
+    assert eval_tasks.build(name, 1, length, 5, tokenizer) == examples[
+        :1
+    ] and examples != eval_tasks.build(name, 2, length, 6, tokenizer)
     for example in examples:
-        assert 0.98 * length <= len(example.prompt) <= length and tokenizer.decode(example.prompt[1:]).endswith(example.prefix)
+        assert 0.98 * length <= len(example.prompt) <= length and tokenizer.decode(
+            example.prompt[1:]
+        ).endswith(example.prefix)
         if not name.startswith("code") or shutil.which("g++"):
-            assert eval_tasks.score(name, gold_text(name, example), example)["score"] == 1, gold_text(name, example)
+            assert eval_tasks.score(name, gold_text(name, example), example)["score"] == 1, (
+                gold_text(name, example)
+            )
             assert eval_tasks.score(name, "", example)["score"] == 0
     with pytest.raises(ValueError, match="at least"):
         eval_tasks.build(name, 1, 10, 0, tokenizer)
@@ -2403,12 +2635,17 @@ def tier_fits(name, length, tokenizer):
 
 def test_built_tasks_are_the_same_everywhere():
     """A fingerprint of all tasks, taken once: another machine or version must give the same prompts."""
-    prompts = [eval_tasks.build(name, 1, 6000, 1, model_file.byte_tokenizer())[0].prompt for name in TEXT_TASKS if name[-2:] not in ("2k", "8k")]
+    prompts = [
+        eval_tasks.build(name, 1, 6000, 1, model_file.byte_tokenizer())[0].prompt
+        for name in TEXT_TASKS
+        if name[-2:] not in ("2k", "8k")
+    ]
     assert hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16] == "da8a7096d19f9b05"
 
 
 def test_countdown_search_is_complete():
     """A trace exists exactly where brute force finds a solution (integers below 2000, larger number first), and it is one."""
+
     def solvable(numbers, target):
         if len(numbers) == 1:
             return numbers[0] == target
@@ -2419,6 +2656,7 @@ def test_countdown_search_is_complete():
             if any(c < 2000 and solvable([c, *rest], target) for c in results):
                 return True
         return False
+
     rng = np.random.default_rng(0)
     seen = set()
     for _ in range(12):
@@ -2426,7 +2664,9 @@ def test_countdown_search_is_complete():
         trace = eval_tasks.countdown_trace(numbers, target)
         seen.add(trace is not None)
         assert (trace is not None) == solvable(numbers, target)
-        assert trace is None or eval_tasks.solves(eval_tasks.tagged(trace, "Solution").split("\n"), numbers, target)
+        assert trace is None or eval_tasks.solves(
+            eval_tasks.tagged(trace, "Solution").split("\n"), numbers, target
+        )
     assert seen == {True, False}
 
 
@@ -2438,27 +2678,43 @@ def test_belief_traces_follow_from_the_story():
         for sentence in story:
             step = sentence.startswith("Step")
             text = re.sub(r"^Step \d+: ", "", sentence).rstrip(".")
-            if found := re.fullmatch(r"(\w+) is in the (.+)", text) or re.fullmatch(r"(\w+) (?:moves to|enters) the (\w+)", text):
+            if found := re.fullmatch(r"(\w+) is in the (.+)", text) or re.fullmatch(
+                r"(\w+) (?:moves to|enters) the (\w+)", text
+            ):
                 at[found[1]] = found[2]
             elif found := re.fullmatch(r"The (.+) is on the (.+'s .+)", text):
                 lies[found[1]] = found[2]
             elif found := re.fullmatch(r"(\w+) leaves the (\w+)", text):
                 assert at[found[1]] == found[2]
                 at[found[1]] = None
-            elif found := re.fullmatch(r"(\w+) moves to the (\w+) with the (.+) and puts it on the (.+'s .+)", text):
-                assert lies[found[3]].startswith(at[found[1]] + "'s") and found[4].startswith(found[2] + "'s")
+            elif found := re.fullmatch(
+                r"(\w+) moves to the (\w+) with the (.+) and puts it on the (.+'s .+)", text
+            ):
+                assert lies[found[3]].startswith(at[found[1]] + "'s") and found[4].startswith(
+                    found[2] + "'s"
+                )
                 at[found[1]], lies[found[3]] = found[2], found[4]
             else:
                 found = re.fullmatch(r"(\w+) moves the (.+) to the (.+'s .+)", text)
-                assert lies[found[2]].startswith(at[found[1]] + "'s") and found[3].startswith(at[found[1]] + "'s") and lies[found[2]] != found[3]
+                assert (
+                    lies[found[2]].startswith(at[found[1]] + "'s")
+                    and found[3].startswith(at[found[1]] + "'s")
+                    and lies[found[2]] != found[3]
+                )
                 lies[found[2]] = found[3]
             if step or sentence == story[3]:  # two agents and two objects stand first
                 sees = lies[what].split("'s ")[0] == at[who]
                 belief = lies[what] if sees else belief
-                states.append(f"{{{who} location: {at[who]}; {what} location: {lies[what]}; {who} sees {what}: {sees}; "
-                              f"{who}'s belief on {what}: {belief}}}")
+                states.append(
+                    f"{{{who} location: {at[who]}; {what} location: {lies[what]}; {who} sees {what}: {sees}; "
+                    f"{who}'s belief on {what}: {belief}}}"
+                )
         lines = trace.split("\n")
-        assert [line[line.index("{"):] for line in lines[1:-1]] == states and len(states) == 31 and lines[-1] == f"Final Answer: the {belief}"
+        assert (
+            [line[line.index("{") :] for line in lines[1:-1]] == states
+            and len(states) == 31
+            and lines[-1] == f"Final Answer: the {belief}"
+        )
 
 
 def test_travel_problems_have_one_plan():
@@ -2470,43 +2726,92 @@ def test_travel_problems_have_one_plan():
         flights, plans = {tuple(x) for x in item["connected_cities"]}, []
         for order in itertools.permutations(days):
             start = {c: 1 + sum(days[x] - 1 for x in order[:j]) for j, c in enumerate(order)}
-            if all(pair in flights for pair in zip(order, order[1:])) and all(start[c] == day for c, day in fixed.items()):
+            if all(pair in flights for pair in zip(order, order[1:])) and all(
+                start[c] == day for c, day in fixed.items()
+            ):
                 plans.append("**".join(order))
         assert plans == [item["ground_truth_cities"]]
-        assert eval_tasks.parse_plan(eval_tasks.tagged(trace, "Plan")) == [(c, days[c]) for c in plans[0].split("**")]
+        assert eval_tasks.parse_plan(eval_tasks.tagged(trace, "Plan")) == [
+            (c, days[c]) for c in plans[0].split("**")
+        ]
 
 
 def test_official_files_are_read_as_released(tmp_path):
     """Rows, order, worked examples and prompt structure of HELMET and LongProc, and what a wrong folder is told."""
-    ctx = lambda what, i: [{"title": f"{what} {i} {j}", "text": f"Text {j} about {what} {i}."} for j in range(2)]
-    put = lambda name, rows: ((tmp_path / name).parent.mkdir(exist_ok=True, parents=True),
-                              (tmp_path / name).write_text("\n".join(map(json.dumps, rows))))
-    put("kilt/nq-dev-multikilt_1000_k50_dep6.jsonl", [{"question": f"Who wrote book {i}?", "answers": [f"Author {i}"],
-                                                       "ctxs": ctx("book", i)} for i in range(2)])
-    put("kilt/nq-train-multikilt_1000_k3_dep6.jsonl", [{"question": f"Which river is river {i}?", "answers": [f"River {i}"],
-                                                        "ctxs": ctx("river", i)} for i in (*range(7), 2)])
+    ctx = lambda what, i: [
+        {"title": f"{what} {i} {j}", "text": f"Text {j} about {what} {i}."} for j in range(2)
+    ]
+    put = lambda name, rows: (
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True),
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows))),
+    )
+    put(
+        "kilt/nq-dev-multikilt_1000_k50_dep6.jsonl",
+        [
+            {"question": f"Who wrote book {i}?", "answers": [f"Author {i}"], "ctxs": ctx("book", i)}
+            for i in range(2)
+        ],
+    )
+    put(
+        "kilt/nq-train-multikilt_1000_k3_dep6.jsonl",
+        [
+            {
+                "question": f"Which river is river {i}?",
+                "answers": [f"River {i}"],
+                "ctxs": ctx("river", i),
+            }
+            for i in (*range(7), 2)
+        ],
+    )
     example = eval_tasks.load("helmet:kilt_nq", str(tmp_path))[0]
-    river = "Document (Title: river {0} 0): Text 0 about river {0}.\n\nDocument (Title: river {0} 1): Text 1 about river {0}.\n\n" \
-            "Question: Which river is river {0}?\nAnswer: River {0}\n\n"
-    assert example.user.endswith(river.format(6) + river.format(2) + "Document (Title: book 0 0): Text 0 about book 0.\n\n"
-                                 "Document (Title: book 0 1): Text 1 about book 0.\n\nQuestion: Who wrote book 0?")
-    assert example.prefix == "Answer:" and eval_tasks.score("helmet:kilt_nq", " author 0", example)["score"] == 1
-    cut = eval_tasks.load("kilt_nq", str(tmp_path), length=len(example.prompt) + 20 - 9)[0]  # 20 tokens are for the answer
-    assert cut.n_cut == 9 and len(cut.prompt) == len(example.prompt) - 9 and cut.user.endswith("Text 1 abou\n\nQuestion: Who wrote book 0?")
+    river = (
+        "Document (Title: river {0} 0): Text 0 about river {0}.\n\nDocument (Title: river {0} 1): Text 1 about river {0}.\n\n"
+        "Question: Which river is river {0}?\nAnswer: River {0}\n\n"
+    )
+    assert example.user.endswith(
+        river.format(6) + river.format(2) + "Document (Title: book 0 0): Text 0 about book 0.\n\n"
+        "Document (Title: book 0 1): Text 1 about book 0.\n\nQuestion: Who wrote book 0?"
+    )
+    assert (
+        example.prefix == "Answer:"
+        and eval_tasks.score("helmet:kilt_nq", " author 0", example)["score"] == 1
+    )
+    cut = eval_tasks.load("kilt_nq", str(tmp_path), length=len(example.prompt) + 20 - 9)[
+        0
+    ]  # 20 tokens are for the answer
+    assert (
+        cut.n_cut == 9
+        and len(cut.prompt) == len(example.prompt) - 9
+        and cut.user.endswith("Text 1 abou\n\nQuestion: Who wrote book 0?")
+    )
     (tmp_path / "path_traversal").mkdir()
     with pytest.raises(FileNotFoundError, match="prompts.yaml.*LongProc"):
         eval_tasks.load("longproc:path_traversal_0.5k", str(tmp_path))
-    (tmp_path / "path_traversal" / "prompts.yaml").write_text("USER_PROMPT: |-\n  Map {{x}}:\n  {city_context}\n\n  From {src_city} to {dst_city}.\n")
+    (tmp_path / "path_traversal" / "prompts.yaml").write_text(
+        "USER_PROMPT: |-\n  Map {{x}}:\n  {city_context}\n\n  From {src_city} to {dst_city}.\n"
+    )
     paths = [{"context_nl": "C", "question_repr": ["A", "B"], "answer_nl": ROUTE}]
     (tmp_path / "path_traversal" / "path_traversal_0.5k.json").write_text(json.dumps(paths))
-    example, = eval_tasks.load("longproc:path_traversal_0.5k", str(tmp_path))
-    assert example.user == "Map {x}:\nC\n\nFrom A to B." and example.answer == ROUTE and example.max_new_tokens == 1024
-    put("ruler/vt/validation_8192.jsonl", [{"context": "C", "query": "q", "num_v": 1, "example": "e", "answer": []}])
+    (example,) = eval_tasks.load("longproc:path_traversal_0.5k", str(tmp_path))
+    assert (
+        example.user == "Map {x}:\nC\n\nFrom A to B."
+        and example.answer == ROUTE
+        and example.max_new_tokens == 1024
+    )
+    put(
+        "ruler/vt/validation_8192.jsonl",
+        [{"context": "C", "query": "q", "num_v": 1, "example": "e", "answer": []}],
+    )
     with pytest.raises(ValueError, match="vt/validation_8192.jsonl: not ruler_vt's rows"):
         eval_tasks.load("ruler_vt", str(tmp_path))
     os.remove(tmp_path / "ruler/vt/validation_8192.jsonl")
     put("json_kv/test_k105_dep6.jsonl", [{"context": "JSON"}])
-    for name, words in (("json_kv", "not json_kv's rows"), ("narrativeqa", "needs a judge"), ("kilt_xy", "unknown"), ("ruler_vt", "ruler/vt")):
+    for name, words in (
+        ("json_kv", "not json_kv's rows"),
+        ("narrativeqa", "needs a judge"),
+        ("kilt_xy", "unknown"),
+        ("ruler_vt", "ruler/vt"),
+    ):
         with pytest.raises((ValueError, FileNotFoundError), match=words):
             eval_tasks.load(name, str(tmp_path))
 
@@ -2514,13 +2819,18 @@ def test_official_files_are_read_as_released(tmp_path):
 def test_balanced_shots():
     rows = [{"text": str(i), "label": i % 3} for i in range(10)]
     shots = eval_tasks.balanced(rows, "label", 8, 1)
-    assert [sorted(r["label"] for r in shots[i:i + 3]) for i in (0, 3)] == [[0, 1, 2]] * 2 and len({r["text"] for r in shots}) == 8
+    assert [sorted(r["label"] for r in shots[i : i + 3]) for i in (0, 3)] == [
+        [0, 1, 2]
+    ] * 2 and len({r["text"] for r in shots}) == 8
 
 
 def test_bm25_by_definition():
     """Every score by the formula, with a word in most documents (its idf is negative), and ties: the later document first."""
     rng = np.random.default_rng(0)
-    docs = [" ".join(f"w{int(x)}" for x in rng.zipf(1.5, rng.integers(1, 30)) if x < 40) for _ in range(50)] + ["w1 w2", "w1 w2"]
+    docs = [
+        " ".join(f"w{int(x)}" for x in rng.zipf(1.5, rng.integers(1, 30)) if x < 40)
+        for _ in range(50)
+    ] + ["w1 w2", "w1 w2"]
     index, texts = eval_tasks.BM25(docs), [d.split() for d in docs]
     df = {w: sum(w in t for t in texts) for t in texts for w in t}
     idf = {w: math.log(52 - n + 0.5) - math.log(n + 0.5) for w, n in df.items()}
@@ -2528,8 +2838,17 @@ def test_bm25_by_definition():
     assert min(idf.values()) < 0
     mean = sum(map(len, texts)) / 52
     for query in ("w1 w2 w2 w7", "w3", "unknown w5"):
-        want = [sum((idf[w] if idf[w] >= 0 else floor) * t.count(w) * 2.5 / (t.count(w) + 1.5 * (0.25 + 0.75 * len(t) / mean))
-                    for w in query.split() if w in idf) for t in texts]
+        want = [
+            sum(
+                (idf[w] if idf[w] >= 0 else floor)
+                * t.count(w)
+                * 2.5
+                / (t.count(w) + 1.5 * (0.25 + 0.75 * len(t) / mean))
+                for w in query.split()
+                if w in idf
+            )
+            for t in texts
+        ]
         close(torch.tensor(index.scores(query)), torch.tensor(want, dtype=torch.float64), 1e-9)
         order = sorted(range(52), key=lambda i: (index.scores(query)[i], i), reverse=True)
         for k in (1, 5, 52, 99):
@@ -2539,32 +2858,55 @@ def test_bm25_by_definition():
 def test_listwise_reranking_and_metrics():
     assert eval_tasks.parse_order("[3] > [1] > [3] > [9]", 4) == [2, 0, 1, 3]
     texts = [f"passage {i}" for i in np.random.default_rng(0).permutation(23)]
+
     def ask(prompt):  # a perfect judge: the larger the number in a passage, the better
         found = re.findall(r"\[(\d+)\] passage (\d+)", prompt)
         return " > ".join(f"[{i}]" for i, _ in sorted(found, key=lambda x: -int(x[1])))
+
     order = eval_tasks.listwise(ask, "q", texts)
-    assert sorted(order) == list(range(23)) and [texts[i] for i in order[:5]] == [f"passage {i}" for i in range(22, 17, -1)]
+    assert sorted(order) == list(range(23)) and [texts[i] for i in order[:5]] == [
+        f"passage {i}" for i in range(22, 17, -1)
+    ]
     got = eval_tasks.retrieval_metrics([4, 7, 1, 9, 8, 2], {7, 2})
-    assert got == {"recall@5": 0.5, "recall@20": 1, "mrr": 0.5,
-                   "ndcg@10": pytest.approx((1 / math.log2(3) + 1 / math.log2(7)) / (1 + 1 / math.log2(3)))}
+    assert got == {
+        "recall@5": 0.5,
+        "recall@20": 1,
+        "mrr": 0.5,
+        "ndcg@10": pytest.approx((1 / math.log2(3) + 1 / math.log2(7)) / (1 + 1 / math.log2(3))),
+    }
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="wants g++")
 def test_generated_code_runs_within_limits(tmp_path):
     """Endless loops, floods of output and memory hogs score 0 in time; no file is left and no network is there."""
-    run_it = lambda body: eval_tasks.score_code(f"```cpp\n{body}\n```", {"item": {"testcases": [[["1 2"], ["3"]]]}})["accuracy"]
+    run_it = lambda body: eval_tasks.score_code(
+        f"```cpp\n{body}\n```", {"item": {"testcases": [[["1 2"], ["3"]]]}}
+    )["accuracy"]
     assert run_it("int main() { int a, b; cin >> a >> b; cout << a + b << endl; }") == 1
     start = time.perf_counter()
-    for body in ("int main() { for (;;); }", "int main() { for (;;) cout << 3 << endl; }", "int main() { vector<char> v(2u << 30, 1); cout << 3 << endl; }",
-                 "int main() { cout << 3; }", "not code", "#include \"/dev/zero\"\nint main() {}"):
+    for body in (
+        "int main() { for (;;); }",
+        "int main() { for (;;) cout << 3 << endl; }",
+        "int main() { vector<char> v(2u << 30, 1); cout << 3 << endl; }",
+        "int main() { cout << 3; }",
+        "not code",
+        '#include "/dev/zero"\nint main() {}',
+    ):
         assert run_it(body) == 0, body
     assert time.perf_counter() - start < 60
     if eval_tasks.has_namespaces():
-        nets = eval_tasks.run_limited([sys.executable, "-I", "-c", "import socket; print(socket.if_nameindex())"], str(tmp_path), "", 5)
+        nets = eval_tasks.run_limited(
+            [sys.executable, "-I", "-c", "import socket; print(socket.if_nameindex())"],
+            str(tmp_path),
+            "",
+            5,
+        )
         assert nets == "[(1, 'lo')]\n"
         mark = tmp_path / "mark"  # a daemon that would write after the command's end
         daemon = f"import os, time\nif os.fork() == 0:\n    os.setsid(); time.sleep(1.5); open({str(mark)!r}, 'w')"
-        assert eval_tasks.run_limited([sys.executable, "-I", "-c", daemon], str(tmp_path), "", 5) == ""
+        assert (
+            eval_tasks.run_limited([sys.executable, "-I", "-c", daemon], str(tmp_path), "", 5) == ""
+        )
         time.sleep(2)
         assert not mark.exists()
 

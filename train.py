@@ -177,7 +177,7 @@ def read_path(path):
 
 
 def read_lines(path):
-    """The objects of a .jsonl file, with the place in the file for what is said about them."""
+    """The objects of a .jsonl file, each with "where" it stands for error messages."""
     with open(path, encoding="utf-8-sig") as f:
         for number, line in enumerate(f, 1):
             try:
@@ -304,7 +304,7 @@ def held_out_loss(model, batches, attend) -> float:
 
 
 class ChatData:
-    """Conversations of which only the assistant's words are targets; a sequence packs whole ones.
+    """Conversations of which only the assistant's words are targets; none is cut by a pack.
 
     Where all held-out ones end in an answer that can be checked, scores count the right ones."""
 
@@ -790,7 +790,7 @@ def average_gradients(optimizer):
 
 
 def gathered(model, build):
-    """The model with whole weights, on rank 0: what several share cannot be called by one."""
+    """A model with full weights, on rank 0: one process cannot call what several share."""
     if not any(hasattr(p, "full_tensor") for p in model.parameters()):
         return model
     weights = {name: full_tensor(p.detach()) for name, p in model.named_parameters()}
@@ -821,7 +821,7 @@ def my_stretch(batch, model, args):
 
 
 def share_sequence(model, batch, args):
-    """Let the model attend to the whole sequence of which this process holds a stretch."""
+    """Let the model attend to the full sequence of which this process has a stretch."""
     if args.seq_parallel > 1:
         model.share = Share(sequence_group(args.seq_parallel), int(batch.cu_seqlens[-1]))
         n = model.config.n_kv_head // model.share.size
