@@ -423,6 +423,12 @@ def read_about(path) -> dict:
         return json.loads((file.metadata() or {})["about"])
 
 
+def steps_done(path) -> int:
+    """Steps in the checkpoint at `path`, 0 where there is none. Asked of the file, because an
+    interrupt may fall between writing it and noting that it is written."""
+    return read_about(path)["step"] if os.path.exists(path) else 0
+
+
 def load_checkpoint(path, model, method, optimizer):
     """Put a checkpoint's tensors back. model None: only the optimizer's state."""
     with safe_open(path, "pt") as file:
@@ -451,14 +457,12 @@ def fit(method, model, data, args, out_dir, about):
     optimizer = method.optimizer(method.param_groups(model, args), args)
     peaks = [group["lr"] for group in optimizer.param_groups]
     path, log = (os.path.join(out_dir, x) for x in ("checkpoint.safetensors", "log.jsonl"))
-    done = 0
-    if os.path.exists(path):
+    done = steps_done(path)
+    if done:
         load_checkpoint(path, model, method, optimizer)
-        done = read_about(path)["step"]
     elif args.optimizer:
         other = os.path.join(args.optimizer, "checkpoint.safetensors")
         load_checkpoint(other, None, method, optimizer)
-    saved = done
     forget(log, done)
     bar = tqdm(range(done, args.steps), about["name"], initial=done, total=args.steps,
                disable=None if rank() == 0 else True)
@@ -472,7 +476,7 @@ def fit(method, model, data, args, out_dir, about):
             norm = method.update(optimizer, args.clip) if math.isfinite(loss) else math.nan
             if not math.isfinite(norm):
                 raise SystemExit(f"train.py: loss {loss}, gradient norm {norm} at step {step}; "
-                                 f"the last good checkpoint is step {saved}")
+                                 f"the last good checkpoint is step {steps_done(path)}")
             optimizer.zero_grad(set_to_none=True)
             seconds, lr = time.perf_counter() - begun, optimizer.param_groups[0]["lr"]
             speed, peak = round(n_tokens / seconds, 1), peak_memory(args.device)
@@ -486,10 +490,9 @@ def fit(method, model, data, args, out_dir, about):
                 write_log(log, event="eval", step=step, **scores)
             if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
                 save_checkpoint(path, model, method, optimizer, about | {"step": step + 1})
-                saved = step + 1
     except KeyboardInterrupt:
         bar.close()
-        print(f"stopped in step {step}; --resume goes on from step {saved}", file=sys.stderr)
+        print(f"stopped; --resume goes on from step {steps_done(path)}", file=sys.stderr)
         raise
 
 
