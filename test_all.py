@@ -1860,6 +1860,19 @@ def test_ctrl_c_says_where_resume_goes_on(tmp_path):
     assert saved >= 3
 
 
+def test_an_interrupt_just_after_a_checkpoint_names_that_checkpoint(tmp_path, monkeypatch, capsys):
+    write = train.save_checkpoint
+
+    def interrupted(*args):
+        write(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_checkpoint", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(tmp_path, small(), Fixed(collate([torch.arange(30)])), steps=6, save_every=2)
+    assert "goes on from step 2" in capsys.readouterr().err
+
+
 def test_scripts_answer_help_and_end_broken_input_in_exit_2(tmp_path):
     for name in ("train.py", "model.py", "eval_tasks.py", "footprint.py", "evict.py", "meco.py",
                  "cepe.py"):
