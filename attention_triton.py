@@ -151,7 +151,7 @@ def one_shape(q, k, v, causal, window, sink, scale):
     nq, nk = q.shape[2], k.shape[2]
     if nq == 0 or nk == 0:
         return q.clone().zero_()
-    # else PyTorch leaves its fused kernel: 19 times slower, K and V repeated
+    # else PyTorch leaves its fused kernel: several times slower, K and V repeated
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if nq == 1 and not window:  # the query heads of a KV head are rows of one product
         rows = q.reshape(len(q), k.shape[1], -1, q.shape[3])  # (B, H_kv, G, D)

@@ -29,9 +29,10 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from attention_triton import attention
-from model import (DTYPES, Block, Llama, LlamaConfig, Method, Trunk, assign, causal, collate,
-                   cross_entropy, flag, generate, load_model, load_tokenizer, parse, read_json,
-                   read_weights, run, save_model, warmup_cosine, weight_files, write_json)
+from model import (DTYPES, Block, Llama, LlamaConfig, Method, Trunk, assign, causal, checked_config,
+                   collate, cross_entropy, flag, generate, init_matrices, load_model,
+                   load_tokenizer, parse, read_json, read_weights, run, save_model, warmup_cosine,
+                   weight_files, write_json)
 
 # --- the model -----------------------------------------------------------------------------------
 
@@ -102,6 +103,8 @@ class CEPE(Llama):
     def __init__(self, config: LlamaConfig, encoder_config: LlamaConfig, last_n=None):
         super().__init__(config)
         self.encoder_config, self.last_n = encoder_config, last_n or config.n_layer
+        if self.last_n not in range(1, config.n_layer + 1):
+            raise ValueError(f"cross-attention in {self.last_n} of {config.n_layer} layers")
         self.encoder = Trunk(encoder_config)
         for layer in range(config.n_layer - self.last_n, config.n_layer):
             self.model.layers[layer] = CrossBlock(config, encoder_config.n_embd)
@@ -123,9 +126,9 @@ class CEPE(Llama):
         self.encoder.checkpointing = self.model.checkpointing
         return self.encoder(tokens, attend, positions)
 
-    def context(self, tokens, cu_chunks, cu=None, cache_kv=False) -> Context:
-        """Encode chunks for one main document, or for several with bounds cu. cache_kv: project
-        keys and values now, once."""
+    def context(self, tokens, cu_chunks, cu=None, cache_kv=False):
+        """The Context of one main document, or of several with bounds cu; None without tokens.
+        cache_kv: project keys and values now, once."""
         cu = [0, len(tokens)] if cu is None else [int(x) for x in cu]
         if len(tokens) == 0:
             return None
@@ -173,11 +176,7 @@ def extend(llama, encoder_config, init="copy", last_n=None, seed=0, enc_init="fr
         raise ValueError(f"the encoder's width {d_enc} is above the decoder's")
     model = CEPE(llama.config, encoder_config, last_n).to(llama.head.device, llama.head.dtype)
     model.load_state_dict(llama.state_dict(), strict=False)
-    rng = torch.Generator().manual_seed(seed)
-    for p in model.encoder.parameters():
-        p.fill_(1.0)
-        if p.dim() == 2:
-            p.copy_(torch.randn(p.shape, generator=rng) * p.shape[1] ** -0.5)
+    init_matrices(model.encoder, seed)
     if enc_init == "decoder":
         for mine, theirs in zip(model.encoder.layers, llama.model.layers):
             mine.load_state_dict(theirs.state_dict())
@@ -215,19 +214,20 @@ def load_cepe(path, device="cpu", dtype=torch.float32) -> CEPE:
     if pickled and not os.path.exists(weight_files(path)[0]):
         raise ValueError(f"{path}: .bin weights would have to be unpickled: convert them to "
                          "model.safetensors where you trust the file")
-    hf = read_json(os.path.join(path, "config.json"))
-    if "encoder_config" not in hf:
-        raise ValueError(f"{path}/config.json: no encoder_config")
+    file = os.path.join(path, "config.json")
+    hf = read_json(file)
+    if not (isinstance(hf, dict) and isinstance(hf.get("encoder_config"), dict)):
+        raise ValueError(f"{file}: no encoder_config")
     for name, value in (("num_cross_attn_hidden_states", 1), ("do_cross_attention", True)):
         if hf.get(name, value) != value:
-            raise ValueError(f"{path}/config.json: unsupported {name} = {hf[name]!r}")
+            raise ValueError(f"{file}: unsupported {name} = {hf[name]!r}")
     llama = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}  # of a class of theirs
-    encoder = LlamaConfig.from_hf(hf["encoder_config"] | llama)
+    encoder = checked_config(hf["encoder_config"] | llama, f"{file}, encoder_config")
     tensors = read_weights(path, device, dtype)
-    rows = len(tensors["encoder.embed_tokens.weight"])  # released: one more than the config says
+    embeddings = tensors.get("encoder.embed_tokens.weight", ())
+    encoder = replace(encoder, vocab_size=len(embeddings))  # released: one more than config.json's
     with torch.device("meta"):
-        model = CEPE(LlamaConfig.from_hf(hf | llama), replace(encoder, vocab_size=rows),
-                     hf.get("num_cross_attn_layers"))
+        model = CEPE(checked_config(hf | llama, file), encoder, hf.get("num_cross_attn_layers"))
     return assign(model, tensors, path).freeze()
 
 

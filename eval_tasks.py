@@ -49,8 +49,8 @@ from tqdm import tqdm
 import meco
 from evict import RULES, Flags
 from model import (DTYPES, Batch, Llama, LlamaConfig, append_line, barrier, byte_tokenizer, causal,
-                   cross_entropy, fingerprint, flag, generate, join, load_model, load_tokenizer,
-                   parse, rank, run, save_model, world_size)
+                   collate, cross_entropy, fingerprint, flag, generate, join, load_model,
+                   load_tokenizer, parse, rank, run, save_model, world_size)
 
 # --- text metrics --------------------------------------------------------------------------------
 
@@ -145,6 +145,7 @@ def past_and_gerund(word):
     return rest + "e" if measure(rest) == 1 and ends_cvc(rest) else rest
 
 
+@lru_cache(maxsize=2 ** 18)
 def stem(word):
     """Porter's stemmer (1980) with NLTK's extensions, as in the usual implementation of ROUGE."""
     if word in IRREGULAR or len(word) <= 2:
@@ -177,8 +178,7 @@ def stem(word):
 def rouge_words(text):
     """The words; those with more than three letters as stems."""
     words = re.findall("[a-z0-9]+", text.lower())
-    stems = {w: stem(w) for w in words if len(w) > 3}
-    return [stems.get(w, w) for w in words]
+    return [stem(w) if len(w) > 3 else w for w in words]
 
 
 def rouge_lines(text, by_line):
@@ -464,11 +464,11 @@ BELIEF_FILLERS = (
 def belief_lines(text):
     """The words, without fillers, of each line that begins with a dash."""
     lines = []
-    for line in text.strip().split("\n"):
+    for line in text[text.find("-"):].splitlines():
         if line.startswith("-"):
             words = line.lower().replace("\u2019", "").translate(NO_PUNCTUATION).split()
             lines.append([w for w in words if w not in BELIEF_FILLERS])
-    return lines
+    return list(filter(None, lines))
 
 
 def score_beliefs(text, example):
@@ -477,8 +477,8 @@ def score_beliefs(text, example):
     return procedure_scores(lines == golds, n_right(lines, golds) / len(golds), 1)
 
 
-OPERAND = r"\s*(-?(?:0|[1-9]\d{0,8}))\s*"
-EQUATION = re.compile(rf"{OPERAND}([-+*/]){OPERAND}=\s*([-+]?\d{{1,18}})\s*", re.ASCII)
+OPERAND = r"(?a:\s*(-?(?:0|[1-9](?:_?\d){0,8}))\s*)"
+EQUATION = re.compile(rf"{OPERAND}([-+*/]){OPERAND}=\s*([-+]?\d(?:_?\d){{0,17}})\s*")
 
 
 def arithmetic(a, op, b):
@@ -513,7 +513,7 @@ def solves(lines, numbers, target):
 def search_lines(text):
     """The lines from the last `# Search Procedure` to the next empty line, or None."""
     _, mark, rest = text.rpartition("# Search Procedure")
-    return rest.strip().split("\n\n")[0].split("\n") if mark else None
+    return rest.strip().split("\n") if mark else None
 
 
 def same_search_line(line, gold):
@@ -533,8 +533,9 @@ def score_countdown(text, example):
     extracted = solution is not None
     if extracted and solves(solution.split("\n"), item["nums"], item["target"]):
         return procedure_scores(1, 1, 1)
-    lines, golds = search_lines(text), search_lines(example["reference_output"])
-    if lines is None or lines[0].strip() != golds[0].strip():
+    lines = search_lines(text)
+    golds = search_lines(example["reference_output"].partition("\n\n")[0])
+    if lines is None or lines[0] != golds[0]:
         return procedure_scores(0, 0, extracted)
     last = min(len(lines), len(golds)) - 2
     n = min(n_right(lines[1:], golds[1:], same_search_line), last)
@@ -543,11 +544,15 @@ def score_countdown(text, example):
 
 def parse_plan(plan):
     """[(city, days)] of a travel plan's lines; the days between two flights are a stay."""
-    cities, days, end = [], [1], None
+    cities, days, end, total = [], [1], None, None
     for line in plan.split("\n"):
+        title = re.search(r"European cities for (\d{1,9}) days", line)
+        total = int(title[1]) if title else total
         stay = re.search(r"(?<!\d)\d{1,9}-(\d{1,9})(?!\d)", line)
         if stay:
             end = int(stay[1])
+            if end == total:  # what follows is another plan
+                break
         flight = re.match(r".*Day (\d{1,9})(?!\d).*from (\w+) to (\w+)", line)
         if flight:
             cities = cities or [flight[2]]
@@ -562,7 +567,9 @@ def parse_plan(plan):
 def procedure_lines(text):
     """Normalised lines of a travel procedure and its plan, without the sentence between them."""
     text = text.replace("Output the plan in the required format:", "")
-    return list(filter(None, map(normalize, text.split("\n"))))
+    _, tag, rest = text.partition("<Solving Procedure>")
+    text = tag + rest.split(tag)[0] if tag else text
+    return [normalize(line) for line in text.split("\n") if line.strip()]
 
 
 def score_travel(text, example):
@@ -570,7 +577,7 @@ def score_travel(text, example):
     item, plan = example["item"], tagged(text, "Plan")
     cities = item["ground_truth_cities"].split("**")
     stays = map(int, item["ground_truth_durations"].split("**"))
-    if plan is not None and parse_plan(plan) == list(zip(cities, stays)):
+    if plan is not None and parse_plan(plan)[:len(cities)] == list(zip(cities, stays)):
         return procedure_scores(1, 1, 1)
     lines, golds = procedure_lines(text), procedure_lines(example["reference_output"])
     if not lines:
@@ -705,6 +712,10 @@ class Draft(NamedTuple):
     def user(self):
         return self.before + self.context + self.after
 
+    @property
+    def answer(self):
+        return self.gold.get("reference_output", self.gold.get("answer"))
+
 
 class Task(NamedTuple):
     """A task that is built: make(rng, m) is a Draft with m items of context."""
@@ -713,7 +724,6 @@ class Task(NamedTuple):
     main: str  # the metric that is the task's score
     max_new_tokens: int
     least: int = 1  # items
-    stop_newline: bool = False  # the scorer reads one line only
 
 
 def to_ids(tokenizer, user, prefix, chat):
@@ -727,6 +737,8 @@ def to_example(task, draft, tokenizer, chat, max_new_tokens, length=None):
     """The Example of a Draft. A prompt of more than `length` tokens loses its context's end.
 
     Raises ValueError if even the prompt without its context is too long."""
+    if chat:  # as released: no line's end before the end of the turn
+        draft = draft._replace(after=draft.after.rstrip("\n"))
     ids, n_cut = to_ids(tokenizer, draft.user, draft.prefix, chat), 0
     while length is not None and len(ids) > length:
         tokens, n_over = tokenizer.encode(draft.context), len(ids) - length
@@ -736,9 +748,8 @@ def to_example(task, draft, tokenizer, chat, max_new_tokens, length=None):
         context = tokenizer.decode(tokens[:-n_over]).rstrip("\ufffd")
         draft, n_cut = draft._replace(context=context), n_cut + n_over
         ids = to_ids(tokenizer, draft.user, draft.prefix, chat)
-    answer = draft.gold.get("answer", draft.gold.get("reference_output"))
     prefix = "" if chat else draft.prefix
-    return Example(task, ids, answer, max_new_tokens, draft.user, prefix, draft.gold, n_cut)
+    return Example(task, ids, draft.answer, max_new_tokens, draft.user, prefix, draft.gold, n_cut)
 
 
 LONGEST = 2 ** 21  # tokens of a prompt
@@ -1376,10 +1387,11 @@ class Trip:
                  "Read the requirements and identify the cities that have fixed schedules and the "
                  "cities that need to be arranged."]
         lines += [f"{stay}{dates.get(c, '')}." for c, stay in stays.items()]
-        lines += ["", "Cities that have fixed schedules (sorted by their arrival days):"]
-        lines += [f"* City: {c}{dates[c]}." for c in self.by_arrival]
-        lines += ["", "Cities needing arrangement:"]
-        lines += [f"{stays[c]}." for c in self.free]
+        fixed = [f"* City: {c}{dates[c]}." for c in self.by_arrival]
+        kinds = (("that have fixed schedules", " (sorted by their arrival days):", fixed),
+                 ("needing arrangement", ":", [f"{stays[c]}." for c in self.free]))
+        for kind, order, listed in kinds:
+            lines += ["", f"Cities {kind}{order if listed else ': None.'}", *listed]
         return [*lines, ""]
 
     def check(self, city, day, plan):
@@ -1607,8 +1619,8 @@ TASKS = {
     "niah_mv": Task(niah_multivalue, "ruler_recall", "ruler_recall", 50),
     "json_kv": Task(json_kv, "json_kv", "substring_exact_match", 100),
     "rag": Task(rag, "qa", "substring_exact_match", 20),
-    "rerank": Task(rerank, "rerank", "NDCG@10", 200, least=4, stop_newline=True),
-    "icl": Task(icl, "icl", "exact_match", 20, stop_newline=True),
+    "rerank": Task(rerank, "rerank", "NDCG@10", 200, least=4),
+    "icl": Task(icl, "icl", "exact_match", 20),
     "longqa": Task(longqa, "qa", "rougeL_f1", 20),
     "docs": Task(many_documents, "ruler_recall", "ruler_recall", 60, least=3),
 }
@@ -1641,7 +1653,6 @@ class Official(NamedTuple):
     max_new_tokens: int
     chat: bool = False  # the benchmark's default
     sizes: tuple = (8192, 16384, 32768, 65536, 131072)  # for lengths 8K, 16K, 32K, 64K, 128K
-    stop_newline: bool = False  # the scorer reads one line only
 
 
 def read_text(folder, file):
@@ -1731,32 +1742,35 @@ RULER = {  # the text before and after the context, and the answer prefix
         "\nWhat are all the special magic {type} for {query} mentioned in the provided text?",
         "The special magic {type} for {query} mentioned in the provided text are"),
     "vt": (
-        "{example}\n\nMemorize and track the chain(s) of variable assignment hidden in the "
+        "{example}Memorize and track the chain(s) of variable assignment hidden in the "
         "following text.\n\n",
         "\nQuestion: Find all variables that are assigned the value {query} in the text above.",
         "Answer: According to the chain(s) of variable assignment in the text above, {num_v} "
         "variables are assigned the value {query}, they are:"),
     "cwe": (
-        "{example}\nBelow is a numbered list of words. In these words, some appear more often than "
+        "{example}Below is a numbered list of words. In these words, some appear more often than "
         "others. Memorize the ones that appear most often.\n",
         "\nQuestion: What are the 10 most common words in the above list?",
         "Answer: The top 10 words that appear most often in the list are:"),
     "fwe": (
         "Read the following coded text and track the frequency of each coded word. Find the three "
-        "most frequently appeared coded words. ",
+        "most frequently appeared coded words.\n",
         "\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the "
         "three most frequently appeared words in the above coded text?",
         "Answer: According to the coded text above, the three most frequently appeared words are:"),
     "qa": (
         ONLY_ANSWER + "The following are given documents.\n\n",
-        "\n\n" + ONLY_ANSWER + "Question: {question}",
+        "\n\n" + ONLY_ANSWER + "Question: {query}",
         "Answer:"),
 }
 
 
 def read_ruler(rows, folder, n, seed, size, kind):
     for row in shuffled(rows, seed)[:n]:
-        fields = row | {"type": row.get("type_needle_v", "")}
+        example = row.get("example")
+        fields = row | {"type": row.get("type_needle_v", ""),
+                        "query": row.get("query", row.get("question")),
+                        "example": f"{example}\n\n" if example else ""}
         before, after, prefix = (part.format_map(fields) for part in RULER[kind])
         gold = row | {"answer": row.get("answer", row.get("outputs"))}
         yield Draft(before, row["context"], after, prefix, gold)
@@ -1801,7 +1815,8 @@ def read_icl(rows, folder, n, seed, shots, option):
     if min(row[label] for row in rows) < 0:  # a hidden label would count as the last class
         raise ValueError(f"field {label!r} has labels below 0")
     instruction = "Assign a label to the last text with the help of the examples."
-    for row in balanced(shuffled(rows, seed), label, n, seed):
+    asked = rows if n >= len(rows) else balanced(shuffled(rows, seed), label, n, seed)
+    for row in asked:
         row_seed = (digest(row["text"]) + seed) % 2 ** 31
         numbers = list(range(n_label))
         random.Random(row_seed).shuffle(numbers)
@@ -1822,12 +1837,12 @@ def infbench_row(row, kind):
 
 def read_infbench(rows, folder, n, seed, size, kind):
     """Rows {id, context, input, answer, options}; the contexts must already have their length."""
-    rows = shuffled(rows, seed)
     how = " with a letter" if kind == "choice" else ""
     instruction = f"Answer the question about the story as briefly as possible{how}.\n\n"
-    for row in rows[:n]:
+    for row in shuffled(rows, seed)[:n]:
         demos, (question, answers) = "For example:\n\n", infbench_row(row, kind)
-        for other in [r for r in rows if r["id"] != row["id"]][:2]:
+        others = [r for r in rows if r["id"] != row["id"]]
+        for other in shuffled(others, seed)[:2]:
             shown, golds = infbench_row(other, kind)
             demos += f"[story text]\n{shown}\nAnswer: {golds[0]}\n\n"
         yield Draft(f"{instruction}{demos}Now, read the following story:\n\n", row["context"],
@@ -1844,11 +1859,13 @@ def numbered_passages(documents):
 def read_alce(rows, folder, n, seed, k, prompts):
     """Two worked examples of five documents from a prompt file, then a question's k documents."""
     spec, rng = json.loads(read_text(folder, prompts)), random.Random(seed)
-    for row in shuffled(rows, seed)[:n]:
+    drawn = [(row, rng.sample(spec["demos"], 2)) for row in rows]  # in the file's order
+    for row, demos in shuffled(drawn, seed)[:n]:
         before = ""
-        for demo in rng.sample(spec["demos"], 2):
-            before += (f"{spec['instruction']}\n\nQuestion: {demo['question']}\n\n"
-                       f"{numbered_passages(demo['docs'][:5])}\nAnswer: {demo['answer']}\n\n\n")
+        for demo in demos:
+            fields = demo | {"instruction": spec["instruction"],
+                             "context": numbered_passages(demo["docs"][:5])}
+            before += spec["demo_prompt"].format_map(fields) + spec["demo_sep"]
         before += f"{spec['instruction']}\n\nQuestion: {row['question']}\n\n"
         yield Draft(before, numbered_passages(row["docs"][:k]), "\n", "Answer:", row)
 
@@ -1962,7 +1979,7 @@ ICL = table("""
 for name, label, *shots in ICL:
     OFFICIAL[f"icl_{name}"] = Official(
         read_icl, f"icl/{name}_test.jsonl", (f"icl/{name}_train.jsonl", label), "icl",
-        "exact_match", 20, sizes=tuple(map(int, shots)), stop_newline=True)
+        "exact_match", 20, sizes=tuple(map(int, shots)))
 for kind, metric in (("qa", "rougeL_f1"), ("choice", "exact_match")):
     OFFICIAL[f"infbench_{kind}_eng"] = Official(
         read_infbench, f"infbench/longbook_{kind}_eng.jsonl", kind, kind, metric, 10, chat=True)
@@ -1983,10 +2000,9 @@ NEEDS_JUDGE = ("narrativeqa", "infbench_sum_eng", "multi_lexsum")  # a large mod
 def check_draft(spec, draft):
     """Raises what the scorer raises, or ValueError where a score would mean nothing."""
     gold, scorer = draft.gold, spec.scorer
-    answers = gold["reference_output"] if "reference_output" in gold else gold["answer"]
-    if not draft.user or not scorer.startswith("alce") and "" in flat(answers):
+    if not draft.user or not scorer.startswith("alce") and "" in flat(draft.answer):
         raise ValueError("a prompt or an answer is empty")
-    if scorer == "html_to_tsv" and not read_table(answers):
+    if scorer == "html_to_tsv" and not read_table(draft.answer):
         raise ValueError("the reference table has no rows")
     if scorer != "pseudo_to_code":
         SCORERS[scorer]("", gold)
@@ -2044,7 +2060,6 @@ STOP_WORDS = frozenset((
     "most my no nor not now of off on once only or other our out over own s same she so some such "
     "t than that the their them then there these they this those through to too under until up "
     "very was we were what when where which while who whom why will with you your").split())
-cached_stem = lru_cache(maxsize=2 ** 18)(stem)
 
 
 def plain_words(text):
@@ -2054,7 +2069,7 @@ def plain_words(text):
 def search_words(text):
     """Words nearly as in LitSearch's BM25: stems without stop words. It also keeps punctuation."""
     words = re.findall("[a-z0-9]+", text.lower())
-    return [cached_stem(word) for word in words if word not in STOP_WORDS]
+    return [stem(word) for word in words if word not in STOP_WORDS]
 
 
 class BM25:
@@ -2162,19 +2177,24 @@ def litsearch_data(path=None):
     same text count as one, the last. Without a path: the docstrings of Python's standard library;
     the query is a docstring's first sentence, the document is the rest. Raises ValueError if the
     corpus lacks every query's papers."""
-    queries, by_text, golds = [], {}, set()
+    queries, by_text = [], {}
     if path is None:
         for i, (first, rest) in enumerate(docstrings()):
             queries.append({"query": first, "corpusids": [i], "specificity": 1})
             by_text[rest] = i
         return list(by_text.values()), list(by_text), queries
-    for row in read_rows(path, "query.jsonl"):
-        queries.append({key: row[key] for key in ("query", "corpusids", "specificity")})
-        golds.update(row["corpusids"])
-    for row in read_rows(path, "corpus.jsonl"):
-        by_text["Title: {title}\nAbstract: {abstract}".format_map(row)] = row["corpusid"]
-    if golds.isdisjoint(by_text.values()):  # ids of another type would only score 0
-        raise ValueError(f"{path}: the corpus has no query's corpusids")
+    try:
+        for row in read_rows(path, "query.jsonl"):
+            search_words(row["query"])  # refuses what is no text
+            queries.append({key: row[key] for key in ("query", "corpusids", "specificity")})
+        for row in read_rows(path, "corpus.jsonl"):
+            by_text["Title: {title}\nAbstract: {abstract}".format_map(row)] = row["corpusid"]
+        golds = [set(query["corpusids"]) for query in queries]
+        known = set(by_text.values())
+    except (LookupError, TypeError, AttributeError, ValueError) as e:
+        raise ValueError(f"{path}: not LitSearch's rows ({type(e).__name__}: {e})") from None
+    if not all(golds) or known.isdisjoint(set().union(*golds)):  # it would score 0, or nothing
+        raise ValueError(f"{path}: a query has no corpusids, or the corpus has none of them")
     return list(by_text.values()), list(by_text), queries
 
 
@@ -2199,15 +2219,12 @@ def search(kind, model, tokenizer, data, chosen, ask):
     ids, texts, queries = data
     if kind == "dense":
         vectors = embed(model, tokenizer, texts)
+        scores_of = lambda query: vectors @ embed(model, tokenizer, [query])[0]
     else:
-        index = BM25(texts, search_words)
+        scores_of = BM25(texts, search_words).scores
     for i in chosen:
         query, gold = queries[i]["query"], set(queries[i]["corpusids"])
-        if kind == "dense":
-            scores = vectors @ embed(model, tokenizer, [query])[0]
-        else:
-            scores = index.scores(query)
-        ranked = [d for d, _ in top_k(scores, 200)]
+        ranked = [d for d, _ in top_k(scores_of(query), 200)]
         if kind == "rerank":
             order = listwise(ask, query, [texts[d] for d in ranked[:20]])
             ranked[:20] = [ranked[j] for j in order]
@@ -2278,14 +2295,14 @@ CURRICULUM = ((64, 8, 16, 32, 0.97), (128, 10, 24, 16, 0.97), (256, 12, 32, 8, 0
 
 @dataclass(frozen=True)
 class Facts:
-    """A batch of fact streams. query, fact, start (n,): index of each query token in batch.tokens,
-    of the fact that it asks for, of its sequence's first token."""
+    """A batch of fact streams. query, fact (n,): index of each query token in batch.tokens, and of
+    the fact that it asks for."""
     batch: Batch
     query: torch.Tensor
     fact: torch.Tensor
-    start: torch.Tensor
 
 
+@cache
 def filler_tables():
     """Three successors of each filler token after one and after two tokens, always the same."""
     rng = np.random.default_rng(0)
@@ -2331,27 +2348,27 @@ def fact_stream(rng, n_seq, length, n_fact, n_query, queries_last=False) -> Fact
                 fact.append(told[i])
                 at += 1
             at += 1
-    query, fact = torch.tensor(query), torch.tensor(fact)
-    return Facts(with_targets(tokens), query, fact, query // length * length)
+    return Facts(with_targets(tokens), torch.tensor(query), torch.tensor(fact))
 
 
 def with_targets(tokens) -> Batch:
     """A Batch of streams (n_seq, length). Facts and queries are pure chance and weigh nothing."""
-    n_seq, length = tokens.shape
-    targets = np.concatenate((tokens[:, 1:], np.full((n_seq, 1), -100)), axis=1)
-    weights = np.where(targets >= ANSWER, 1.0, np.where(targets < FACT, 0.3, 0.0))
-    tokens, targets, weights = (torch.from_numpy(x.reshape(-1)) for x in (tokens, targets, weights))
-    return Batch(tokens, targets, torch.arange(n_seq + 1).int() * length, weights.float())
+    batch = collate(tokens)
+    rest = torch.where(batch.targets < FACT, 0.3, 0.0)
+    return batch._replace(weights=torch.where(batch.targets >= ANSWER, 1.0, rest))
 
 
 @torch.no_grad()
-def recall(model, facts: Facts, attend=None, which=None) -> float:
-    """Share of queries (those in `which`, by default all) whose likeliest next token is right."""
-    rows = facts.query if which is None else facts.query[which]
+def recalled(model, facts: Facts, attend=causal):
+    """Whether the likeliest token after each query is the right one: float (n,) of 0 and 1."""
     tokens = facts.batch.tokens.to(model.head.device)
-    hidden = model.hidden(tokens, attend or causal(facts.batch.cu_seqlens))[rows]
-    best = (hidden @ model.head.T).argmax(1).cpu()
-    return (best == facts.batch.targets[rows]).float().mean().item()
+    return right_answers(model, facts, model.hidden(tokens, attend(facts.batch.cu_seqlens)))
+
+
+def right_answers(model, facts, hidden):
+    """The same, of the states (N, n_embd) of a batch."""
+    best = (hidden[facts.query] @ model.head.T).argmax(1).cpu()
+    return (best == facts.batch.targets[facts.query]).float()
 
 
 class FactData:
@@ -2384,7 +2401,7 @@ class FactData:
         facts = fact_stream(rng, self.n_eval, *CURRICULUM[-1][:3])
         far = facts.query - facts.fact >= beyond
         name = "far recall" if beyond else "recall"
-        return {name: recall(model, facts, attend(facts.batch.cu_seqlens), far)}
+        return {name: recalled(model, facts, attend)[far].mean().item()}
 
 
 def build_facts(n, length, seed, tokenizer=None):
@@ -2446,9 +2463,7 @@ def tiny_model(seed=0, path=None, max_steps=1200) -> Llama:
             optimizer.param_groups[0]["lr"] = peak * min(1, (step + 1) / 30)
             optimizer.step()
             optimizer.zero_grad()
-            with torch.no_grad():
-                best = (hidden[facts.query] @ model.head.T).argmax(1)
-            right = (best == batch.targets[facts.query]).float().mean().item()
+            right = right_answers(model, facts, hidden.detach()).mean().item()
             average += 0.1 * (right - average)
             step += 1
             bar.update()
@@ -2490,13 +2505,14 @@ def answer(model, tokenizer, examples, cache, max_new_tokens=None):
     ends at a stop id, its task's limit, or a line's end where the scorer reads no further."""
     spec = task_of(examples[0].task)
     limits = [max_new_tokens or example.max_new_tokens for example in examples]
-    until = None
-    if spec.stop_newline:
-        until = lambda ids: "\n" in tokenizer.decode(ids).lstrip()
+    one_line = spec.scorer == "icl"
+
+    def until(b, ids):
+        ended = one_line and "\n" in tokenizer.decode(ids).lstrip()
+        return ended or len(ids) == limits[b]
     stop_ids = () if tokenizer is None else tokenizer.eos_ids
     prompts = [example.prompt for example in examples]
     answers = generate(model, prompts, max(limits), cache, stop_ids=stop_ids, until=until)
-    answers = [ids[:limit] for ids, limit in zip(answers, limits)]
     return answers if tokenizer is None else [tokenizer.decode(ids) for ids in answers]
 
 
@@ -2507,8 +2523,40 @@ def read_results(path) -> dict:
     with open(path, "rb") as f:
         lines = f.read().splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
-        os.truncate(path, os.path.getsize(path) - len(lines.pop()))
-    return {row["key"]: row for row in map(json.loads, lines)}
+        lines.pop()
+        os.truncate(path, sum(map(len, lines)))  # the same from every process
+    try:
+        return {row["key"]: row for row in map(json.loads, lines)}
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path}: not a file of results ({type(e).__name__}: {e})") from None
+
+
+def open_results(path, config) -> dict:
+    """The finished results in `path`, which --resume keeps and --overwrite removes. Raises
+    ValueError where there is a file and neither is said."""
+    if os.path.exists(path) and config.resume == config.overwrite:
+        raise ValueError(f"{path} is there: add --resume or --overwrite, or name another")
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    barrier()
+    if config.overwrite and rank() == 0:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+    barrier()
+    done = read_results(path)
+    barrier()  # all have read before one writes
+    return done
+
+
+def by(rows, *names):
+    """(values of these fields, rows) in the order of first appearance."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    return groups.items()
+
+
+def is_docstring(node) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def code_fingerprint(*files) -> str:
@@ -2521,7 +2569,7 @@ def code_fingerprint(*files) -> str:
             tree = ast.parse(f.read())
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
-            if isinstance(body, list) and body and isinstance(body[0], ast.Expr):
+            if isinstance(body, list) and body and is_docstring(body[0]):
                 body.pop(0)
         digest.update(ast.dump(tree).encode())
     return digest.hexdigest()[:16]
@@ -2586,7 +2634,8 @@ def examples_of(config, name, length, tokenizer) -> list:
     """The examples of a task and length, behind --prefix_host if there is one."""
     host, chat = config.prefix_host, config.chat
     before = [] if host is None else meco.prompt(tokenizer, "", host)
-    length -= max(0, len(before) - 1)
+    bos = int(tokenizer.add_bos) if before else 0  # gives way to the one in `before`
+    length -= len(before) - bos
     if ":" in name:
         length = None if name.startswith("longproc:") else length
         examples = load(name, config.data, config.examples, tokenizer=tokenizer, length=length,
@@ -2595,7 +2644,6 @@ def examples_of(config, name, length, tokenizer) -> list:
         examples = build(name, config.examples, length, config.seed, tokenizer, bool(chat))
     if not before:
         return examples
-    bos = int(tokenizer.add_bos)
     return [replace(e, prompt=[*before, *e.prompt[bos:]]) for e in examples]
 
 
@@ -2609,7 +2657,8 @@ def run_search(config, name, model, tokenizer, done, about):
 
     def ask(prompt):
         ids = to_ids(tokenizer, prompt, "", bool(config.chat))
-        return tokenizer.decode(generate(model, ids, 60, stop_ids=tokenizer.eos_ids))
+        longest = config.max_new_tokens or 60
+        return tokenizer.decode(generate(model, ids, longest, stop_ids=tokenizer.eos_ids))
     todo = [i for i in chosen if keys[i] not in done][rank()::world_size()]
     start, kind = time.perf_counter(), name.removeprefix("litsearch:")
     for i, metrics in search(kind, model, tokenizer, data, todo, ask) if todo else ():
@@ -2633,12 +2682,10 @@ def confidence(scores) -> float:
 
 def report(rows) -> list:
     """A Markdown table by task, length and policy; returns it as records too."""
-    groups, records = {}, []
-    for row in rows:
-        groups.setdefault((row["task"], row["length"], row["policy"]), []).append(row)
+    records = []
     print("\n| task | tokens | policy | score | 95 % ± | n | footprint | peak | s each |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for (task, length, policy), group in groups.items():
+    for (task, length, policy), group in by(rows, "task", "length", "policy"):
         half = confidence([row["score"] for row in group])
         means = {name: sum(row[name] for row in group) / len(group)
                  for name in ("score", "footprint", "peak", "seconds")}
@@ -2663,7 +2710,8 @@ def tiny_table(config):
         facts = fact_stream(rng, max(64, config.examples), length, n_fact, n_query)
         back = facts.query - facts.fact
         bands = [back > 0, back <= 32, (back > 32) & (back <= 128), back > 128]
-        scores = [recall(model, facts, which=band) if band.any() else None for band in bands]
+        right = recalled(model, facts)
+        scores = [right[band].mean().item() if band.any() else None for band in bands]
         cells = ["-" if x is None else f"{x:.3f}" for x in scores]
         print(f"| {length} | " + " | ".join(cells) + " |", flush=True)
         rows[length] = scores[0]
@@ -2683,8 +2731,8 @@ def check_tasks(config, policy):
                              f"longproc:NAME, {', '.join(search_kinds)}")
         if official and config.data is None:
             raise ValueError(f"task {name} needs --data with the benchmark's own files")
-        if name in search_kinds and policy.policy != "full":
-            raise ValueError("litsearch tasks take no eviction policy")
+        if name in search_kinds and (policy.policy != "full" or config.prefix_host):
+            raise ValueError("litsearch tasks take no eviction policy and no --prefix_host")
         runs_code = name not in search_kinds and task_of(name).scorer == "pseudo_to_code"
         if runs_code and not config.allow_code_exec:
             raise ValueError(f"{name} compiles and runs what the model wrote: --allow_code_exec")
@@ -2711,15 +2759,7 @@ def main():
     model = load_model(config.model, config.device, DTYPES[config.dtype])
     tokenizer = tokenizer_for(config.tasks.split(","), model, config.model)
     policy.cache(model)  # refuse what does not fit before anything runs
-    if os.path.exists(config.out) and config.resume == config.overwrite:
-        raise ValueError(f"{config.out} is there: add --resume or --overwrite, or name another")
-    os.makedirs(os.path.dirname(os.path.abspath(config.out)), exist_ok=True)
-    barrier()
-    if config.overwrite and rank() == 0:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(config.out)
-    barrier()
-    done = read_results(config.out)
+    done = open_results(config.out, config)
     before = set(done)
     keys = evaluate(config, policy, model, tokenizer, done)
     barrier()

@@ -27,8 +27,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from attention_triton import attention
-from model import (Everything, KVCache, Llama, LlamaConfig, Method, flag, generate, load_heads,
-                   parse, rope, rotate, run, write_tensors)
+from model import (Everything, KVCache, Llama, LlamaConfig, Method, assign, flag, generate,
+                   load_heads, parse, rope, rotate, run, write_tensors)
 
 # --- rules ---------------------------------------------------------------------------------------
 # A rule says what a KV head stores. `takes` names the settings that it reads, `sweep` the settings
@@ -368,7 +368,7 @@ class Flags:
         if self.heads is not None:
             settings["heads"] = load_heads(self.heads, sparsity)
         if self.scorer is not None:
-            settings["scorer"] = load_scorer(self.scorer, model.config)
+            settings["scorer"] = load_scorer(self.scorer, model)
         return make_cache(model, batch=batch, seed=seed, **settings)
 
 
@@ -423,12 +423,14 @@ class LocretScorer(nn.Module):
         return self.layers[layer](x.to(self.layers[layer][0].weight.dtype))
 
 
-def load_scorer(path, config) -> LocretScorer:
-    """The scorer in a safetensors file, for a Llama of this config."""
-    tensors = load_file(path)
-    scorer = LocretScorer(config, len(tensors["layers.0.0.weight"]))
-    scorer.load_state_dict(tensors)
-    return scorer.requires_grad_(False)
+def load_scorer(path, model) -> LocretScorer:
+    """The scorer in a safetensors file, for this Llama and on its device. Raises ValueError for
+    another Llama's."""
+    tensors = load_file(path, str(model.head.device))
+    hidden = len(tensors.get("layers.0.0.weight", ()))
+    with torch.device("meta"):
+        scorer = LocretScorer(model.config, hidden)
+    return assign(scorer, tensors, path).requires_grad_(False)
 
 
 class LocretTraining(Method):

@@ -13,6 +13,7 @@ Paper: "Cache Me If You Can", arXiv:2506.17121, section 2.1 and appendix A.
 The sweep writes one JSON line per point into --out_dir; --resume does not run them again.
 """
 import contextlib
+import functools
 import html
 import itertools
 import json
@@ -25,11 +26,11 @@ import torch
 from tqdm import tqdm
 
 import train
-from eval_tasks import (answer, build, code_fingerprint, read_results, score, tiny_model,
+from eval_tasks import (answer, build, by, code_fingerprint, open_results, score, tiny_model,
                         tokenizer_for)
 from evict import RULES, load_scorer, make_cache
 from model import (DTYPES, append_line, fingerprint, flag, join, load_heads, load_model, parse,
-                   replacing, run)
+                   run, write_svg)
 
 # --- closed forms --------------------------------------------------------------------------------
 # n prompt tokens in chunks of `chunk`, then m tokens one by one; N = n + m. All return (footprint,
@@ -201,8 +202,7 @@ def points(config, model, length):
             if path is None:
                 print(f"left out: {curve}, which needs --scorer")
                 continue
-            scorer = load_scorer(path, model.config)
-            settings["scorer"] = scorer.to(model.head.device)
+            settings["scorer"] = load_scorer(path, model)
         if "window" in rule.takes:
             settings["sink"] = config.sink
         for kept in shares:
@@ -251,14 +251,6 @@ def table(results, threshold):
     return found
 
 
-def by(rows, *names):
-    """(values of these fields, rows) in the order of first appearance."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in names), []).append(row)
-    return groups.items()
-
-
 COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f",
            "#b2182b", "#542788", "#8c6d31", "#01665e")
 
@@ -285,10 +277,7 @@ def plot(path, curves, title, goal):
         at = top + 16 * i
         out += [f'<path d="M{x(1) + 14} {at}h18" stroke="{colour}" stroke-width="3"/>',
                 f'<text x="{x(1) + 38}" y="{at + 4}">{html.escape(name)}</text>']
-    with replacing(path) as part, open(part, "w", encoding="utf-8") as f:
-        f.write('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 430" '
-                'font-family="sans-serif" font-size="12">\n<rect width="100%" height="100%" '
-                'fill="white"/>\n' + "\n".join(out) + "\n</svg>\n")
+    write_svg(path, 720, 430, out)
     print(f"saved {path}")
 
 
@@ -296,11 +285,7 @@ def main():
     config, = parse([Config], description="Score against KV footprint of every eviction policy.")
     join(config.device)
     path = os.path.join(config.out_dir, "results.jsonl")
-    if os.path.exists(path) and config.resume == config.overwrite:
-        raise ValueError(f"{path} is there: add --resume or --overwrite, or name another --out_dir")
-    if config.overwrite and os.path.exists(path):
-        os.remove(path)
-    os.makedirs(config.out_dir, exist_ok=True)
+    done = open_results(path, config)
     tasks, lengths = config.tasks.split(","), [int(n) for n in config.lengths.split(",")]
     folder, tokenizer = config.model, None
     if folder is None:
@@ -315,14 +300,15 @@ def main():
     sweeps = {length: list(points(config, model, length)) for length in lengths}
     jobs = [(task, length, *point) for task in tasks for length in lengths
             for point in sweeps[length]]
-    done, results, reused = read_results(path), [], 0
+    prompts = functools.cache(
+        lambda task, length: build(task, config.examples, length, config.seed, tokenizer))
+    results, reused = [], 0
     for task, length, curve, settings in tqdm(jobs, "points", unit="point", disable=None):
         known = {name: plain(value) for name, value in settings.items()}
         key = json.dumps({**about, "task": task, "length": length, **known}, sort_keys=True)
         reused += key in done
         if key not in done:
-            examples = build(task, config.examples, length, config.seed, tokenizer)
-            point = run_point(model, tokenizer, examples, settings, config)
+            point = run_point(model, tokenizer, prompts(task, length), settings, config)
             done[key] = {"key": key, "task": task, "length": length, "curve": curve, **point}
             append_line(path, done[key])
             tqdm.write(f"{task} {length} {curve}: footprint {point['footprint']:.3f}, "

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -240,10 +241,7 @@ class Llama(nn.Module):
 
     def init_weights(self, seed: int):
         """Fresh weights: every matrix N(0, 1 / fan_in), embeddings N(0, 1 / n_embd), norms 1."""
-        rng = torch.Generator().manual_seed(seed)
-        for p in self.parameters():
-            if p.dim() == 2:
-                nn.init.normal_(p, std=p.shape[1] ** -0.5, generator=rng)
+        init_matrices(self, seed)
         return self
 
     @property
@@ -258,7 +256,7 @@ class Llama(nn.Module):
         if positions is None:
             positions = torch.arange(n, device=tokens.device)
         if self.share is not None:
-            attend, positions = self.share.attend(attend), self.share.positions(n)
+            attend, positions = self.share.attend(attend), self.share.positions()
         return self.model(tokens, attend, positions)
 
     def forward(self, tokens, attend=None, positions=None):
@@ -278,6 +276,14 @@ class Llama(nn.Module):
         if attend is None and cu_seqlens is not None:
             attend = causal(cu_seqlens)
         return cross_entropy(self.hidden(tokens, attend), self.head, targets, weights)
+
+
+def init_matrices(module, seed):
+    """Every matrix of a module N(0, 1 / fan_in)."""
+    rng = torch.Generator().manual_seed(seed)
+    for p in module.parameters():
+        if p.dim() == 2:
+            nn.init.normal_(p, std=p.shape[1] ** -0.5, generator=rng)
 
 
 def causal(cu_seqlens):
@@ -884,7 +890,7 @@ def generate(model, tokens, max_new_tokens, cache=None, chunk=None, temperature=
     cache: a KVCache to use and continue; the last answer's unfed token precedes the next prompt.
     chunk [tokens]: prefill so many at a time, by default the cache's own or all at once.
     temperature 0 is greedy; top_p keeps the likeliest tokens that hold this probability. Rows draw
-    from generators of their own, by seed + row. until(ids) true ends a row early.
+    from generators of their own, by seed + row. until(row, ids) true ends a row early.
     Raises ValueError: no tokens, a token outside the vocabulary, another number of rows."""
     several = not torch.is_tensor(tokens) and hasattr(tokens[0], "__len__")
     answers = [] if several else [[]]
@@ -923,7 +929,7 @@ def stream(model, prompts, max_new_tokens, cache=None, chunk=None, temperature=0
         cache.pending.copy_(torch.where(live, token, cache.pending))
         for b, new in enumerate(torch.where(live, token, -1).tolist()):  # the one host read
             answers[b] += [new] if new >= 0 else []
-            if new >= 0 and until is not None and until(answers[b]):
+            if new >= 0 and until is not None and until(b, answers[b]):
                 live[b] = False
         yield answers
         if not live.any():
@@ -967,12 +973,17 @@ def read_json(path):
 def load_config(path) -> LlamaConfig:
     """The LlamaConfig of the folder `path`."""
     name = os.path.join(path, "config.json")
+    return checked_config(read_json(name), name)
+
+
+def checked_config(hf, name) -> LlamaConfig:
+    """from_hf, whose complaints then name the file."""
     try:
-        return LlamaConfig.from_hf(read_json(name))
+        return LlamaConfig.from_hf(hf)
     except KeyError as e:
         raise ValueError(f"{name}: field {e} is missing") from None
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as e:
-        raise ValueError(f"{name}: {str(e).removeprefix(name + ': ')}") from None
+        raise ValueError(f"{name}: {e}") from None
 
 
 def load_model(path, device="cpu", dtype=torch.float32) -> Llama:
@@ -1006,8 +1017,11 @@ def weight_files(path) -> list:
     index = single + ".index.json"
     if os.path.exists(single) or not os.path.exists(index):
         return [single]
-    shards = set(read_json(index)["weight_map"].values())
-    return [os.path.join(path, os.path.basename(shard)) for shard in sorted(shards)]
+    try:
+        shards = sorted(set(read_json(index)["weight_map"].values()))
+        return [os.path.join(path, os.path.basename(shard)) for shard in shards]
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{index}: expected a weight_map from tensors to files") from None
 
 
 def read_weights(path, device="cpu", dtype=None) -> dict:
@@ -1068,7 +1082,6 @@ def fingerprint(path) -> str:
 
 def write_tensors(path, tensors: dict, metadata=None):
     """A safetensors file, whole or not at all."""
-    from safetensors.torch import save_file
     with replacing(path) as part:
         save_file(tensors, part, metadata={"format": "pt"} | (metadata or {}))
 
@@ -1078,6 +1091,14 @@ def write_json(path, value):
     with replacing(path) as part, open(part, "w", encoding="utf-8") as f:
         json.dump(value, f, indent=2, allow_nan=False)
         f.write("\n")
+
+
+def write_svg(path, width, height, elements):
+    """An SVG of these elements on white, whole or not at all."""
+    with replacing(path) as part, open(part, "w", encoding="utf-8") as f:
+        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+                'font-family="sans-serif" font-size="12">\n<rect width="100%" height="100%" '
+                'fill="white"/>\n' + "\n".join(elements) + "\n</svg>\n")
 
 
 def append_line(path, value):

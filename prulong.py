@@ -29,8 +29,8 @@ import torch
 from torch import nn
 
 from attention_triton import attention
-from model import (Method, causal, collate, discretise, flag, load_heads, replacing, save_heads,
-                   write_json)
+from model import (Method, causal, collate, discretise, flag, load_heads, save_heads, write_json,
+                   write_svg)
 
 # official: the released training script, 1000 steps of 16 x 64K tokens. tiny: runs of about 100
 # small steps. Gates drawn per document are less noisy, the expected sparsity has a gradient
@@ -409,7 +409,4 @@ def draw_map(path, masks):
         left += cell * mask.shape[1] + 80
     height = top + cell * len(mask) + 30
     out.append(f'<text x="40" y="{height - 10}">rows: layers; columns: KV heads; dark: full</text>')
-    with replacing(path) as part, open(part, "w", encoding="utf-8") as f:
-        f.write(f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {max(left, 320)} {height}" '
-                'font-family="sans-serif" font-size="12">\n<rect width="100%" height="100%" '
-                'fill="white"/>\n' + "\n".join(out) + "\n</svg>\n")
+    write_svg(path, max(left, 320), height, out)

@@ -35,7 +35,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import attention_triton
@@ -630,15 +630,19 @@ def test_llama3_rope_scaling_follows_the_published_code():
         assert abs(got - want) <= 2e-6 * want
 
 
+def test_linear_rope_scaling_divides_every_frequency():
+    linear = small(rope_scaling={"rope_type": "linear", "factor": 4.0}).config
+    assert torch.equal(rope_frequencies(linear) * 4, rope_frequencies(small().config))
+
+
 def test_cross_entropy_value_and_gradients(monkeypatch):
-    """Against torch's, over several blocks, with ignored targets (a block wholly so) and weights;
-    without a target the loss and its gradients are 0."""
+    """Against torch's, over several blocks, with ignored targets and weights; without a target the
+    loss and its gradients are 0. A second derivative is refused: it would be wrong in silence."""
     monkeypatch.setattr(model_file.CrossEntropy, "BLOCK", 1600)  # 48 rows at a time
     rng, n = torch.Generator().manual_seed(0), 348
     hidden, head = (torch.randn(s, 16, generator=rng).double().requires_grad_() for s in (n, 33))
     targets = torch.randint(33, (n,), generator=rng)
     targets[torch.rand(n, generator=rng) < 0.2] = -100
-    targets[96:192] = -100
     weights = torch.rand(n, generator=rng).double()
     for w in (None, weights):
         each = torch.nn.functional.cross_entropy(hidden @ head.T, targets, reduction="none")
@@ -650,6 +654,11 @@ def test_cross_entropy_value_and_gradients(monkeypatch):
             close(a, b, 1e-12)
     none = cross_entropy(hidden, head, torch.full((n,), -100))
     assert none == 0 and not any(g.any() for g in torch.autograd.grad(none, (hidden, head)))
+    one = torch.ones((), dtype=torch.double, requires_grad=True)
+    loss = cross_entropy(hidden, head, targets)
+    first, = torch.autograd.grad(loss, hidden, one, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 def test_packed_documents_equal_separate_ones():
@@ -696,7 +705,7 @@ def test_greedy_with_cache_equals_without(chunk):
     assert 0 <= cache.nbytes() - 31 * 3 * 2 * 2 * 8 * 8 <= 16 * 3 * 2 * 2 * 8 * 8  # a step of room
     stopped = generate(model, prompt, 12, chunk=chunk, stop_ids=(want[24], 999))
     assert stopped == want[20:want.index(want[24], 20)]
-    until = generate(model, prompt, 12, chunk=chunk, until=lambda ids: len(ids) == 3)
+    until = generate(model, prompt, 12, chunk=chunk, until=lambda row, ids: len(ids) == 3)
     assert until == want[20:23]
 
 
@@ -905,6 +914,13 @@ def test_save_and_load(tmp_path, dtype, shard):
     assert model_file.fingerprint(tmp_path) != before
 
 
+def test_a_smaller_save_leaves_nothing_of_a_larger_one(tmp_path):
+    save_model(small(), tmp_path, max_shard_bytes=4000)
+    save_model(small(), tmp_path)
+    assert not (tmp_path / "model.safetensors.index.json").exists()
+    assert model_file.weight_files(tmp_path) == [str(tmp_path / "model.safetensors")]
+
+
 def test_loading_names_what_is_wrong(tmp_path):
     model, file, config = small(), tmp_path / "model.safetensors", tmp_path / "config.json"
     with pytest.raises(OSError, match="nowhere"):
@@ -947,7 +963,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
     def full(tensors, path, metadata=None):
         open(path, "wb").write(b"half")
         raise SafetensorError("No space left on device (os error 28)")
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr(model_file, "save_file", full)
     with pytest.raises(SafetensorError, match="No space left"):
         save_model(small(seed=1), tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
@@ -1227,7 +1243,7 @@ def test_lagrangian():
     for step in range(400):
         u = torch.rand(8, 3, 4, generator=rng).clamp(1e-6, 1 - 1e-6)
         z = prulong.draw_gates(method.log_alpha, u).mean(0)
-        gap = 1 - prulong.probability_open(method.log_alpha).mean() - 0.75 * min(1.0, step / 320)
+        gap = 1 - prulong.probability_open(method.log_alpha).mean() - method.target(step, 400)
         optimizer.zero_grad()
         (method.penalty(gap) - (benefit * z).sum()).backward()
         optimizer.step()
@@ -1347,7 +1363,9 @@ def test_the_map_of_heads(tmp_path):
     prulong.draw_map(tmp_path / "a.svg", {"<a>": torch.eye(3, 2) > 0, "b": torch.rand(3, 2)})
     picture = xml.etree.ElementTree.parse(tmp_path / "a.svg")
     cells = picture.findall(".//{http://www.w3.org/2000/svg}rect")[1:]
-    assert len(cells) == 12 and cells[0].get("fill") != cells[1].get("fill")
+    shades = [int(re.search(r"\d+", cell.get("fill"))[0]) for cell in cells]
+    assert len(cells) == 12
+    assert [shade < 128 for shade in shades[:6]] == [True, False, False, True, False, False]
     texts = [e.text for e in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert {"<a>", "b", "0", "2"} <= set(texts)
 
@@ -1360,9 +1378,9 @@ def test_fact_stream(queries_last):
     chance, weigh nothing."""
     facts = eval_tasks.fact_stream(np.random.default_rng(0), 4, 128, 10, 12, queries_last)
     tokens, targets = facts.batch.tokens.tolist(), facts.batch.targets.tolist()
-    places = zip(*(x.tolist() for x in (facts.query, facts.fact, facts.start)))
     assert len(facts.query) == 48
-    for query, fact, start in places:
+    for query, fact in zip(facts.query.tolist(), facts.fact.tolist()):
+        start = query // 128 * 128
         key, value = tokens[query] - eval_tasks.QUERY, tokens[query + 1] - eval_tasks.ANSWER
         assert start < fact < query < start + 128 and tokens[start] == eval_tasks.BOS
         assert targets[query] == tokens[query + 1]
@@ -1379,6 +1397,14 @@ def test_fact_stream(queries_last):
         eval_tasks.fact_stream(np.random.default_rng(0), 1, 20, 10, 12)
 
 
+def answering(seed):
+    """An untrained tiny model that always names some answer: right about once in 8."""
+    model = Llama(dataclasses.replace(eval_tasks.TINY, tie_embeddings=False)).init_weights(seed)
+    with torch.no_grad():
+        model.lm_head.weight[:eval_tasks.ANSWER] = 0
+    return model
+
+
 def test_facts_as_data():
     """Batch i is a function of (seed, i); passkeys ask at the end; recall counts by hand."""
     data = eval_tasks.FactData(128, 3, seed=4, n_eval=2)
@@ -1387,11 +1413,12 @@ def test_facts_as_data():
     passkeys = data.passkeys(0, 5)
     assert (passkeys.targets >= eval_tasks.ANSWER).sum() == 15
     assert (passkeys.targets != -100).view(3, 128)[:, :-11].sum() == 0
-    model = eval_tasks.tiny_start(0)
+    model = answering(0)
     facts = eval_tasks.fact_stream(np.random.default_rng((4, 2 ** 31)), 2, *eval_tasks.CURRICULUM[-1][:3])
     best = model(facts.batch.tokens, causal(facts.batch.cu_seqlens)).argmax(1)
     right = (best[facts.query] == facts.batch.tokens[facts.query + 1]).float()
     far = facts.query - facts.fact >= 40
+    assert 0 < right[far].mean() != right.mean() > 0
     assert data.scores(model)["recall"] == pytest.approx(right.mean().item())
     far_recall = data.scores(model, beyond=40)["far recall"]
     assert far_recall == pytest.approx(right[far].mean().item())
@@ -1648,10 +1675,11 @@ class Near(Method):
 def test_main_takes_methods_from_elsewhere(tmp_path, monkeypatch, capsys):
     """Its attention is used in training and in the score; it stands beside another method."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "tiny_start", answering)
     flags = "--method near --beside lm --data facts --seq_len 64 --batch 2 --steps 2 --lr 0"
     train.main([*flags.split(), "--eval_seqs", "2", "--eval_every", "1"], train.METHODS | {"near": Near})
     rows = [json.loads(line) for line in open("out/near/log.jsonl")]
-    model, data = eval_tasks.tiny_start(0), eval_tasks.FactData(64, 2, 0, 2)
+    model, data = answering(0), eval_tasks.FactData(64, 2, 0, 2)
 
     def slow(cu):
         cu = torch.as_tensor(cu).tolist()
@@ -1718,15 +1746,10 @@ def test_stages_are_two_runs(tmp_path, monkeypatch):
     train.main([*common, "--seq_len", "128", "--out_dir", "b", "--model", "a", "--optimizer", "a",
                 "--rope_base", "1e5", "--lr", "1e-3"])
     assert json.load(open("b/config.json"))["rope_theta"] == 1e5
-    steps = [tensors_of(f"{name}/checkpoint.safetensors")["optimizer.0.step"] for name in "ab"]
+    steps = [load_file(f"{name}/checkpoint.safetensors")["optimizer.0.step"] for name in "ab"]
     assert steps == [4, 8]
     with pytest.raises(ValueError, match="reads"):
         train.main([*common, "--out_dir", "a", "--overwrite", "--optimizer", "a"])
-
-
-def tensors_of(path):
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path, monkeypatch, capsys):
@@ -1754,12 +1777,14 @@ BAD_FLAGS = [
     ("--resume --out_dir none", "no run"), ("--out_dir full", "not empty"), ("--clip inf", "--clip"),
     ("--resume --overwrite", "exclude"), ("--device foo", "foo"), ("--seq_len 32", "--seq_len"),
     ("--method prulong --train weights", "--heads"), ("--seq_parallel 2", "--seq_parallel 2"),
+    ("--model small --data facts", "outside the model's vocabulary of 61"),
     ("--beside magic", "magic"), ("--beside lm:lr", "--lr"), ("--dtype float16", "float16")]
 
 
 def test_bad_command_lines_end_in_one_line_and_exit_2(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     os.mkdir("full"), open("full/x", "w").close()
+    save_model(small(), "small")
     save_model(Llama(eval_tasks.TINY).init_weights(0), "out/tiny-seed0")
     for args, words in BAD_FLAGS:
         monkeypatch.setattr(sys, "argv", ["train.py", *args.split()])
@@ -1842,10 +1867,9 @@ def test_killed_run_resumes_in_the_same_bits(tmp_path, method):
     again = script(*resume, cwd=tmp_path)
     assert again.returncode == 0 and whole.returncode == 0, again.stderr + whole.stderr
     for name in ("checkpoint.safetensors", "model.safetensors"):
-        a, b = (tensors_of(tmp_path / out / name) for out in ("whole", "killed"))
+        a, b = (load_file(tmp_path / out / name) for out in ("whole", "killed"))
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-    events = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [e["step"] for e in events if e["event"] == "step"] == list(range(12))
+    assert [row["step"] for row in logged(log, "step")] == list(range(12))
     assert whole.stdout.splitlines()[-1] == again.stdout.splitlines()[-1]
 
 
@@ -1876,11 +1900,13 @@ def test_an_interrupt_just_after_a_checkpoint_names_that_checkpoint(tmp_path, mo
 def test_scripts_answer_help_and_end_broken_input_in_exit_2(tmp_path):
     for name in ("train.py", "model.py", "eval_tasks.py", "footprint.py", "evict.py", "meco.py",
                  "cepe.py"):
-        assert "--" in script(name, "--help", cwd=tmp_path).stdout
+        done = script(name, "--help", cwd=tmp_path)
+        assert done.returncode == 0 and "--" in done.stdout
         odd = script(name, "--nonsense", cwd=tmp_path)
         assert odd.returncode == 2 and odd.stderr.count("\n") == 1 and "nonsense" in odd.stderr
     broken = script("model.py", "--model", tmp_path, "--prompt", "x", cwd=tmp_path)
     assert broken.returncode == 2 and "config.json" in broken.stderr
+    assert broken.stderr.count("\n") == 1
     said = script("attention_triton.py", cwd=tmp_path).stdout
     assert torch.cuda.is_available() or said.count("\n") == 1
 
@@ -1952,20 +1978,28 @@ def test_several_processes_train_as_one(tmp_path, name):
     runs = {"one": (1, []), "two": (2, [])}
     if TOGETHER[name][1]:
         runs["shared"] = 2, ["--seq_parallel", "2"]
-    losses, tensors = {}, {}
+    losses, tensors, tables = {}, {}, {}
     for out, (size, more) in runs.items():
         assert launch(train_one, size, str(tmp_path), name, out, *more) == [0] * size
         rows = [json.loads(line) for line in open(tmp_path / out / "log.jsonl")]
         losses[out] = [row["loss"] for row in rows if row["event"] == "step"]
-        tensors[out] = tensors_of(tmp_path / out / "checkpoint.safetensors")
+        tables[out] = rows[-1]["rows"]
+        tensors[out] = load_file(tmp_path / out / "checkpoint.safetensors")
     assert len(losses["one"]) == 12 and losses["one"][0] != losses["one"][-1]
     for out in list(runs)[1:]:
         assert losses[out] == pytest.approx(losses["one"], abs=1e-5)
         assert tensors[out].keys() == tensors["one"].keys()
         for key, tensor in tensors["one"].items():
+            other = tensors[out][key]
+            assert other.shape == tensor.shape and other.dtype == tensor.dtype
             if not key.startswith("optimizer"):
-                gap = (tensors[out][key] - tensor).norm()
-                assert gap <= 1e-3 * max(1.0, tensor.norm()), (out, key)
+                gap = (other - tensor).abs().mean()
+                assert gap <= 1e-5 * max(1.0, tensor.abs().mean()), (out, key)
+        for file in (tmp_path / "one").glob("model.safetensors"):  # what is saved is what was learned
+            a, b = load_file(file), load_file(tmp_path / out / file.name)
+            assert a.keys() == b.keys()
+            assert all((a[key] - b[key]).abs().mean() < 1e-5 for key in a)
+        assert tables[out] == {row: pytest.approx(v, abs=1e-3) for row, v in tables["one"].items()}
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
@@ -2097,6 +2131,22 @@ def test_scores_by_definition():
         close(norms, -keys.norm(dim=-1), 1e-5)
 
 
+def test_attention_paid_in_a_cache_with_gaps():
+    """A query sees no entry later than itself, wherever entries were dropped."""
+    rng = torch.Generator().manual_seed(0)
+    for n_kv, g, w, n in ((2, 3, 5, 20), (1, 2, 70, 90)):
+        q, keys = (torch.randn(*s, generator=rng) for s in ((w, n_kv, g, 8), (n_kv, n, 8)))
+        step = made_step(q, keys)
+        drawn = [torch.randperm(n + 9, generator=rng)[:n].sort().values for _ in range(n_kv)]
+        step.key_positions, step.positions = torch.stack(drawn), torch.arange(n + 9 - w, n + 9)
+        got = evict.attention_paid(step, w, 0)
+        want = torch.zeros_like(got)
+        for h, i, r in itertools.product(range(n_kv), range(g), range(w)):
+            seen = drawn[h] <= step.positions[r]
+            want[h, i, seen] += (keys[h, seen] @ q[r, h, i] / 8 ** 0.5).softmax(0)
+        close(got, want, 1e-5)
+
+
 def test_select():
     rng = torch.Generator().manual_seed(0)
     for _ in range(200):
@@ -2163,7 +2213,9 @@ def test_survivors_keep_their_keys_and_positions():
             x = block.input_layernorm(model.model.embed_tokens(tokens))
             want = block.self_attn.k_proj(x)[:, 8 * h:8 * h + 8]
         close(bare, want, 1e-5)
-    assert cache.nbytes() < 0.5 * full.nbytes()
+    entry = 2 * 8 * 8  # bytes of K and V, heads of 8 float64
+    spare = cache.nbytes() - int(cache.visible().sum()) * entry
+    assert 0 <= spare <= 16 * 3 * 2 * entry  # a step of room in each of 3 x 2 heads
 
 
 def test_decode_time_eviction_bounds_the_cache():
@@ -2623,8 +2675,8 @@ def gold_text(name, example):
 def test_built_tasks_have_their_length_and_a_right_answer(name):
     """2 % of the length, the same whatever n is, gold scores 1 and nothing scores 0."""
     tokenizer = model_file.byte_tokenizer()
-    length = next(n for n in (4500, 16000, 80000) if tier_fits(name, n, tokenizer))
-    examples = eval_tasks.build(name, 2, length, 5, tokenizer)
+    fitting = ((n, built(name, n, tokenizer)) for n in (4500, 16000, 80000))
+    length, examples = next((n, found) for n, found in fitting if found)
     assert eval_tasks.build(name, 1, length, 5, tokenizer) == examples[
         :1
     ] and examples != eval_tasks.build(name, 2, length, 6, tokenizer)
@@ -2641,9 +2693,10 @@ def test_built_tasks_have_their_length_and_a_right_answer(name):
         eval_tasks.build(name, 1, 10, 0, tokenizer)
 
 
-def tier_fits(name, length, tokenizer):
+def built(name, length, tokenizer):
+    """Two examples, or None if the length is too short for the task."""
     with contextlib.suppress(ValueError):
-        return bool(eval_tasks.build(name, 2, length, 5, tokenizer))
+        return eval_tasks.build(name, 2, length, 5, tokenizer)
 
 
 def test_built_tasks_are_the_same_everywhere():
@@ -2747,6 +2800,59 @@ def test_travel_problems_have_one_plan():
         assert eval_tasks.parse_plan(eval_tasks.tagged(trace, "Plan")) == [
             (c, days[c]) for c in plans[0].split("**")
         ]
+
+
+def test_longproc_answers_are_read_as_released():
+    """What stands before the first dash or tag, after a finished plan or in another alphabet."""
+    lines = eval_tasks.belief_lines("so: - first\n-\nthen\n- second")
+    assert lines == [["first"], ["second"]]
+    assert eval_tasks.EQUATION.fullmatch("1_0 + 2 = 1_2")
+    assert not eval_tasks.EQUATION.fullmatch("\u0661 + 2 = 3")
+    assert eval_tasks.search_lines("# Search Procedure\na\n\nb") == ["a", "", "b"]
+    plan = ("the plan for 5 European cities for 6 days:\nDay 1-3: A\nDay 3: from A to B\n"
+            "Day 3-6: B\nDay 1-2: C\nDay 2: from C to D")
+    assert eval_tasks.parse_plan(plan.replace("the plan for 5 ", "")) == eval_tasks.parse_plan(plan)
+    assert eval_tasks.parse_plan(plan)[:2] == [("A", 3), ("B", 4)]
+    text = "Sure.\n<Solving Procedure>\nFirst line\n\n<Solving Procedure>\nagain"
+    lines = eval_tasks.procedure_lines(text)
+    assert len(lines) == 2 and not any("sure" in line or "again" in line for line in lines)
+    stays = [{"type": "duration", "city": c, "num_days": 2} for c in ("A", "B")]
+    for constraints, none in ((stays, "have fixed schedules"), (
+            [*stays, *({"type": "fixed", "city": c, "start_day": d, "end_day": d + 1}
+                       for c, d in (("A", 1), ("B", 2)))], "needing arrangement")):
+        trip = eval_tasks.Trip({"connected_cities": [["A", "B"]], "constraints": constraints})
+        assert any(none in line and line.endswith(": None.") for line in trip.requirements())
+
+
+def test_helmet_rows_are_read_as_released(tmp_path):
+    """Few rows are asked in the file's order, RULER needs no example, ALCE's worked examples follow
+    the prompt file's form, and a chat turn has no line's end behind it."""
+    def put(name, rows):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    rows = [{"text": f"What is {i}?", "coarse_label": i % 2} for i in range(6)]
+    put("icl/trec_coarse_test.jsonl", rows[:5]), put("icl/trec_coarse_train.jsonl", rows)
+    asked = eval_tasks.load("icl_trec_coarse", str(tmp_path), 500)
+    assert [re.search(r"What is \d\?(?=\D*$)", e.user)[0] for e in asked] == [
+        row["text"] for row in rows[:5]]
+    row = {"context": "C", "query": "7", "num_v": 1, "answer": ["X"]}
+    for example, start in (({}, "Memorize"), ({"example": "E"}, "E\n\nMemorize")):
+        put("ruler/vt/validation_8192.jsonl", [row | example])
+        assert eval_tasks.load("ruler_vt", str(tmp_path))[0].user.startswith(start)
+    docs = [{"title": f"T{i}", "text": f"text {i}"} for i in range(6)]
+    spec = {"instruction": "Do.", "demo_sep": "###", "demo_prompt": "<{instruction}|{question}|"
+            "{context}|{answer}>", "demos": [{"question": q, "answer": "a", "docs": docs} for q in "xy"]}
+    put("prompts/asqa_revised.json", [spec])
+    put("alce/asqa_eval_gtr_top2000.json", [[{"question": "Q", "docs": docs, "answer": "a",
+                                              "qa_pairs": [{"short_answers": ["a"]}]}]])
+    example, = eval_tasks.load("alce_asqa", str(tmp_path), chat=False)
+    shown = re.match(r"<Do\.\|(.)\|(.*?)\|a>###<Do\.\|(.)\|", example.user, re.DOTALL)
+    assert {shown[1], shown[3]} == {"x", "y"} and "text 4" in shown[2] and "text 5" not in shown[2]
+    chat = model_file.Tokenizer({bytes([b]): b for b in range(256)}, [], r"(?s:.{1,32})",
+                                {"<|im_start|>": 256, "<|im_end|>": 257})
+    draft = eval_tasks.Draft("a", "b", "c\n", "Answer:", {"answer": "d"})
+    for as_chat, end in ((True, "c"), (False, "c\n")):
+        assert eval_tasks.to_example("qa", draft, chat, as_chat, 9).user == "ab" + end
 
 
 def test_official_files_are_read_as_released(tmp_path):
@@ -2891,7 +2997,7 @@ def test_listwise_reranking_and_metrics():
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="wants g++")
 def test_generated_code_runs_within_limits(tmp_path):
-    """Endless loops, floods of output and memory hogs score 0 in time; no file is left and no network is there."""
+    """Endless loops, floods of output and memory hogs score 0 in time, and no network is there."""
     run_it = lambda body: eval_tasks.score_code(
         f"```cpp\n{body}\n```", {"item": {"testcases": [[["1 2"], ["3"]]]}}
     )["accuracy"]
@@ -2964,6 +3070,13 @@ def test_evaluation_resumes_and_names_what_is_wrong(tmp_path, monkeypatch, capsy
     assert all(r["footprint"] < 1 for r in rows_of()[12:])
     save_model(small(seed=1, vocab_size=258, eos_ids=(257,)), "model")
     assert "0 of 6 results reused" in go(*EVAL, "--resume").out
+    examples_of = eval_tasks.examples_of
+
+    def with_other_golds(*args):
+        return [dataclasses.replace(e, answer=["other"]) for e in examples_of(*args)]
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_tasks, "examples_of", with_other_golds)
+        assert "0 of 6 results reused" in go(*EVAL, "--resume").out
     for extra, words in (
             ("--tasks magic", "magic"), ("--tasks helmet:narrativeqa", "needs a judge"),
             ("--lengths 20", "at least"), ("--policy x", "--policy"), ("--policy heads", "mask"),
@@ -2972,21 +3085,23 @@ def test_evaluation_resumes_and_names_what_is_wrong(tmp_path, monkeypatch, capsy
             ("--tasks litsearch:bm25 --policy streaming", "no eviction"),
             ("--tasks code_0.5k", "--allow_code_exec"), ("--tasks facts", "token ids")):
         error = go(*EVAL, "--out", "o/y.jsonl", *extra.split()).err
-        assert error.splitlines()[-1].count("") and words in error.splitlines()[-1], (extra, error)
+        assert error.count("\n") == 1 and words in error, (extra, error)
 
 
 def test_a_comment_changes_no_fingerprint(tmp_path):
-    """A docstring or comment leaves the code's fingerprint, a number changes it."""
+    """A docstring or comment leaves the code's fingerprint; a number changes it, also in a function
+    that begins with a call."""
     code = tmp_path / "rule.py"
     prints = []
     for text in ('def f():\n    """a"""\n    return 1\n', 'def f():\n    """b"""  # c\n    return 1\n',
-                 'def f():\n    """a"""\n    return 2\n'):
+                 'def f():\n    """a"""\n    return 2\n', "def f():\n    g(1)\n",
+                 "def f():\n    g(2)\n"):
         code.write_text(text)
         prints.append(eval_tasks.code_fingerprint(str(code)))
-    assert prints[0] == prints[1] != prints[2]
+    assert prints[0] == prints[1] and len(set(prints)) == 4
 
 
-def test_chat_length_and_gold_are_as_asked(tmp_path, monkeypatch):
+def test_chat_and_length_are_as_asked(tmp_path, monkeypatch):
     """--no-chat gives a benchmark's chat task as plain text, a host stands before plain text and
     within the length, LongProc has lengths of its own."""
     special = {"<|im_start|>": 256, "<|im_end|>": 257}
@@ -3001,7 +3116,7 @@ def test_chat_length_and_gold_are_as_asked(tmp_path, monkeypatch):
     for given in ({}, {"chat": True}, {"chat": False}, {"prefix_host": "a.org"}):
         eval_tasks.examples_of(config(**given), "longproc:countdown_0.5k", 0, tokenizer)
         eval_tasks.examples_of(config(**given), "helmet:icl_banking77", 2000, tokenizer)
-    shorter = 2000 - len(meco.prompt(tokenizer, "", "a.org")) + 1
+    shorter = 2000 - len(meco.prompt(tokenizer, "", "a.org"))  # no BOS, which would be shared
     assert loads == [(None, None), (2000, None), (None, True), (2000, True), (None, False),
                      (2000, False), (None, False), (shorter, False)]
     plain, = eval_tasks.examples_of(config(prefix_host="a.org"), "niah_s", 800, tokenizer)
@@ -3025,7 +3140,9 @@ def test_several_processes_evaluate_as_one(tmp_path):
         assert launch(evaluate_together, size, str(tmp_path)) == [0] * size
         lines = [json.loads(line) for line in open(tmp_path / f"out-{size}.jsonl")]
         assert len(lines) == 6
-        rows.append({line["key"]: (line["prediction"], line["score"]) for line in lines})
+        for line in lines:
+            del line["seconds"]
+        rows.append({line["key"]: line for line in lines})
     assert rows[0] == rows[1]
     assert "| niah_s |" in (tmp_path / "stdout0.txt").read_text()
     assert not (tmp_path / "stdout1.txt").read_text()
@@ -3160,10 +3277,12 @@ def test_batches_are_functions_of_seed_and_number(line, workshop):
     method, _, data = made(line)
     again, _, fresh = made(line)
     _, _, other = made(line + " --seed 1")
-    want = method.batch(data, 3, 3, 10)[:-1]  # its weights are None
+    def tensors(batch):
+        return [x for x in batch if x is not None]
+    want = tensors(method.batch(data, 3, 3, 10))
     others = method.batch(data, 7, 7, 10), method.batch(other, 3, 3, 10)
-    assert same(method.batch(data, 3, 3, 10)[:-1], want)
-    assert same(again.batch(fresh, 3, 3, 10)[:-1], want)
+    assert same(tensors(method.batch(data, 3, 3, 10)), want)
+    assert same(tensors(again.batch(fresh, 3, 3, 10)), want)
     for batch in others:
         assert not torch.equal(batch.targets, want[1])
 
@@ -3505,22 +3624,18 @@ def heads(layer, x, read):
     return [projection(y).unflatten(1, (-1, 8)) for projection, y in inputs]
 
 
-def slow_softmax(q, k, v, visible=True):
-    """All scores at once: q (N, n_head, D), k, v (M, n_kv_head, D), visible (N, M)."""
-    n_rep = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(n_rep, 1) for x in (k, v))
-    scores = torch.einsum("ihd,jhd->hij", q, k) / q.shape[2] ** 0.5
-    scores = torch.where(torch.as_tensor(visible), scores, -torch.inf)
-    return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v).flatten(1)
+def slow_read(q, k, v, causal):
+    """One sequence reads another, or itself: (N, n_head D)."""
+    return slow_attention(q, k, v, [0, len(q)], [0, len(k)], causal).flatten(1)
 
 
-def slow_self(block, x, config, visible=True):
+def slow_self(block, x, config, causal):
     """The self-attention of a layer, with its residual."""
     h, a = block.input_layernorm(x), block.self_attn
     q, k, v = heads(a, h, h)
     turn = rope(config, torch.arange(len(x)), x.dtype)
     q, k = rotate(q, *turn), rotate(k, *turn)
-    return x + a.o_proj(slow_softmax(q, k, v, visible))
+    return x + a.o_proj(slow_read(q, k, v, causal))
 
 
 def slow_cepe(model, main, chunks):
@@ -3529,17 +3644,16 @@ def slow_cepe(model, main, chunks):
     for chunk in chunks:
         x = model.encoder.embed_tokens(chunk)
         for block in model.encoder.layers:
-            x = slow_self(block, x, model.encoder_config)  # bidirectional
+            x = slow_self(block, x, model.encoder_config, causal=False)
             x = x + block.mlp(block.post_attention_layernorm(x))
         states.append(model.encoder.norm(x))
     x = model.model.embed_tokens(main)
-    past = torch.ones(len(main), len(main), dtype=torch.bool).tril()
     for block in model.model.layers:
-        x = slow_self(block, x, model.config, past)
+        x = slow_self(block, x, model.config, causal=True)
         if hasattr(block, "cross_attn"):
             c = block.cross_attn
             qkv = heads(c, c.layernorm(x), torch.cat(states))
-            x = x + c.o_proj(slow_softmax(*qkv))  # no positions, not causal
+            x = x + c.o_proj(slow_read(*qkv, causal=False))  # no positions
         x = x + block.mlp(block.post_attention_layernorm(x))
     return model.model.norm(x) @ model.head.T
 
@@ -3982,7 +4096,9 @@ def test_locret_learns(tmp_path):
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
     path, = method.save(model, tmp_path)
-    assert same(evict.load_scorer(path, model.config).parameters(), method.parameters())
+    assert same(evict.load_scorer(path, model).parameters(), method.parameters())
+    with pytest.raises(ValueError, match="layers"):
+        evict.load_scorer(path, small(n_layer=2))
     with pytest.raises(ValueError, match="no document is longer"):
         method.loss(model, collate([tokens[:8]]), 0, 1)
 
@@ -4091,7 +4207,11 @@ def test_bad_input_ends_in_one_line(tmp_path, monkeypatch):
     pages = [{"text": f"page {i} of it", "url": f"http://a{i}.org/x"} for i in range(4)]
     for name, rows in (("chats.jsonl", chats), ("pages.jsonl", pages),
                        ("results.jsonl", [{"key": "a", "score": 0.5}] * 3)):
-        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)) + "\n")
+    cepe.save_cepe(small_cepe().float(), "c")
+    save_model(small(), "i", max_shard_bytes=4000)
+    for path in ("c/config.json", "i/model.safetensors.index.json"):
+        (tmp_path / path).write_text(json.dumps(json.loads((tmp_path / path).read_text())))
     args = filled(data="pages.jsonl", seq_len=8, eval_seqs=1)
 
     def tokenize():
@@ -4100,6 +4220,10 @@ def test_bad_input_ends_in_one_line(tmp_path, monkeypatch):
     readers = {
         "m/config.json": lambda: load_model("m"), "m/model.safetensors": lambda: load_model("m"),
         "m/tokenizer.json": tokenize, "m/tokenizer_config.json": tokenize,
+        "c/config.json": lambda: cepe.load_cepe("c"),
+        "c/model.safetensors": lambda: cepe.load_cepe("c"),
+        "i/model.safetensors.index.json": lambda: model_file.weight_files("i"),
+        "results.jsonl": lambda: eval_tasks.read_results("results.jsonl"),
         "heads.tsv": lambda: prulong.load_heads("heads.tsv", 0.5),
         "chats.jsonl": lambda: [train.encode_chat(train.as_messages(row), tokenizer, 99)
                                 for row in train.Rows("chats.jsonl")],
@@ -4119,8 +4243,8 @@ def test_bad_input_ends_in_one_line(tmp_path, monkeypatch):
         except BaseException as e:
             raise AssertionError(f"{name}, seed {seed}: {type(e).__name__} {e}") from e
         finally:
+            signal.alarm(0)
             (tmp_path / name).write_bytes(good)
-    signal.alarm(0)
     assert all(ended[name, "refused"] for name in readers), ended
 
 
@@ -4162,8 +4286,6 @@ def test_prulong_beats_random_masks_on_a_trained_model(tmp_path, monkeypatch, ca
     assert recall["full cache"] > 0.98 and recall["prulong"] > 0.95 and recall["duo"] > 0.95
     assert recall["mean of 4 random masks"] < 0.6
     assert table["prulong"]["full heads"] == 3
-    again = eval_tasks.tiny_model(0)
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), eval_tasks.tiny_model(0).parameters()))
 
 
 def readme_blocks():
@@ -4184,4 +4306,5 @@ def test_readme_examples_run(tmp_path):
     for name, code in blocks.items():
         (tmp_path / name).write_text(code)
         done = script(tmp_path / name, *args[name].split(), cwd=tmp_path)
-        assert done.returncode == 0 and "| mine |" in done.stdout or "third" in done.stdout, done.stderr
+        assert done.returncode == 0, done.stderr
+        assert {"mine.py": "| mine |", "third.py": "| third |"}[name] in done.stdout

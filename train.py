@@ -36,7 +36,7 @@ import meco
 import prulong
 import vlorp
 from eval_tasks import TINY, FactData, final_answer, tiny_model, tiny_start, word_problem
-from model import (DTYPES, TOKENIZER_FILES, Llama, Method, all_reduce, append_line, barrier,
+from model import (DTYPES, TOKENIZER_FILES, Llama, Method, Parser, all_reduce, append_line, barrier,
                    byte_tokenizer, causal, collate, fingerprint, flag, generate, join, load_config,
                    load_model, load_tokenizer, parse, peak_memory, permutation, rank, read_json,
                    replacing, run, shuffled, world_size, write_tensors)
@@ -93,7 +93,7 @@ def plain(args) -> dict:
 
 def read_flags(argv, methods, variant=None):
     """(args, config) of a command line, or of a --beside variant NAME[:flag=value,...] of it."""
-    name, changes = word_after("--method", argv) or "lm", []
+    name, changes = method_of(argv), []
     if variant is not None:
         name, _, rest = variant.partition(":")
         changes = [change for change in rest.split(",") if change]
@@ -115,11 +115,11 @@ def read_flags(argv, methods, variant=None):
     return fill(args, known), fill(config, known)
 
 
-def word_after(flag, argv):
-    """The value of --flag VALUE or --flag=VALUE, the last one given."""
-    words = " ".join(argv).replace(flag + "=", flag + " ").split()
-    at = [i for i, word in enumerate(words[:-1]) if word == flag]
-    return words[at[-1] + 1] if at else None
+def method_of(argv) -> str:
+    """The word after --method, which decides what other flags there are."""
+    parser = Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--method", default=Config.method)
+    return parser.parse_known_args(argv)[0].method
 
 
 def fill(flags, known):
@@ -442,7 +442,8 @@ def load_checkpoint(path, model, method, optimizer):
             i, key = rest.split(".")
             state.setdefault(int(i), {})[key] = local(tensor, params[int(i)])
         elif name in mine:
-            mine.pop(name).data.copy_(local(tensor, learned(model, method)[name]))
+            p = mine.pop(name)
+            p.data.copy_(local(tensor, p))
     if mine:
         raise ValueError(f"{path}: {next(iter(mine))} is missing")
     groups = optimizer.state_dict()["param_groups"]
@@ -509,7 +510,7 @@ def learn(method, model, data, step, args):
     Every micro-batch weighs what the method says: by default each target of the step the same."""
     batches = [method.batch(data, i, step, args.steps) for i in my_micro_batches(step, args)]
     n_tokens = sum(len(batch.tokens) for batch in batches)
-    batches = [my_stretch(batch, model, args) for batch in batches]
+    batches = [my_stretch(batch, args) for batch in batches]
     weights = [method.weight(batch) for batch in batches]
     total, n_tokens = all_reduce([sum(weights), n_tokens])
     if not total > 0:
@@ -812,7 +813,7 @@ def leave():
             sys.exit(0)
 
 
-def my_stretch(batch, model, args):
+def my_stretch(batch, args):
     """This process's stretch of a micro-batch: its tokens and targets, the bounds of all."""
     if args.seq_parallel == 1:
         return batch
@@ -846,7 +847,8 @@ class Share:
         self.rank, self.size = distributed.get_rank(group), distributed.get_world_size(group)
         self.bounds = [n * i // self.size for i in range(self.size + 1)]
 
-    def positions(self, n):
+    def positions(self):
+        """Of this process's tokens."""
         return torch.arange(self.bounds[self.rank], self.bounds[self.rank + 1])
 
     def attend(self, attend):

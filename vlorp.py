@@ -125,15 +125,16 @@ class ProjFactor(torch.optim.Optimizer):
         gradients = {}
         for group in self.param_groups:
             for p in group["params"]:
-                if projected(p, group) and p.grad is not None:  # not from a backward pass
+                small = projected(p, group)
+                if small and p.grad is not None:  # not from a backward pass
                     self.take(p)
-                grad = self.state[p].pop("sum", None) if projected(p, group) else p.grad
-                if grad is not None:
-                    gradients[p] = grad
-        if world_size() > 1:
-            for grad in gradients.values():
-                distributed.all_reduce(grad)
-                grad /= world_size()
+                grad = self.state[p].pop("sum", None) if small else p.grad
+                if grad is None:
+                    continue
+                if small and world_size() > 1:  # what is not projected is averaged by the caller
+                    distributed.all_reduce(grad)
+                    grad /= world_size()
+                gradients[p] = grad
         norms = [grad.float().norm() for grad in gradients.values()]
         self.norm = torch.stack(norms).norm().item() if norms else 0.0
         if not math.isfinite(self.norm):
