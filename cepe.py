@@ -29,10 +29,10 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from attention_triton import attention
-from model import (DTYPES, Block, Llama, LlamaConfig, Method, Trunk, assign, causal, checked_config,
-                   collate, cross_entropy, flag, generate, init_matrices, load_model,
-                   load_tokenizer, parse, read_json, read_weights, run, save_model, warmup_cosine,
-                   weight_files, write_json)
+from model import (DTYPES, Block, Llama, LlamaConfig, Method, RMSNorm, Trunk, assign, causal,
+                   checked_config, collate, cross_entropy, flag, generate, init_matrices,
+                   load_model, load_tokenizer, parse, read_json, read_weights, run, save_model,
+                   warmup_cosine, weight_files, write_json)
 
 # --- the model -----------------------------------------------------------------------------------
 
@@ -42,7 +42,7 @@ class CrossAttention(nn.Module):
     def __init__(self, config, d_enc):
         super().__init__()
         c, self.head_dim = config, config.head_dim
-        self.layernorm = nn.RMSNorm(c.n_embd, c.norm_eps)
+        self.layernorm = RMSNorm(c.n_embd, c.norm_eps)
         self.q_proj = nn.Linear(c.n_embd, c.n_head * c.head_dim, bias=False)
         self.k_proj = nn.Linear(d_enc, c.n_kv_head * c.head_dim, bias=False)
         self.v_proj = nn.Linear(d_enc, c.n_kv_head * c.head_dim, bias=False)
@@ -288,7 +288,7 @@ class MaskedLM(nn.Module):
 
     def __init__(self, width, vocab_size, eps):
         super().__init__()
-        self.dense, self.norm = nn.Linear(width, width), nn.RMSNorm(width, eps)
+        self.dense, self.norm = nn.Linear(width, width), RMSNorm(width, eps)
         self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def forward(self, states, embeddings):

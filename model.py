@@ -160,6 +160,14 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
+class RMSNorm(nn.RMSNorm):
+    """arXiv:1910.07467. The weight comes last, after rounding, as in the hub's Llama; on a CPU this
+    also takes a quarter of the time in bfloat16."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, None, self.eps) * self.weight
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -192,9 +200,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, layer, attend, cos, sin):
@@ -211,7 +219,7 @@ class Trunk(nn.Module):
         self.config, self.checkpointing = config, False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = nn.RMSNorm(config.n_embd, config.norm_eps)
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
 
     def forward(self, tokens, attend, positions):
         """States after the final norm, (N, n_embd), of ids (N,) or vectors (N, n_embd)."""
@@ -871,6 +879,7 @@ def behind(old, new):
     return torch.cat((old, new), 1) if old.shape[1] else new
 
 
+@torch.inference_mode(False)  # a buffer made inside it could not be written to outside
 def moved(old, size, moves):
     """A buffer of `size` slots, with n entries of the old one moved from slot a to b: (a, b, n)."""
     new = old.new_zeros(size, *old.shape[1:])
@@ -900,7 +909,7 @@ def generate(model, tokens, max_new_tokens, cache=None, chunk=None, temperature=
     return answers if several else answers[0]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def stream(model, prompts, max_new_tokens, cache=None, chunk=None, temperature=0.0, top_p=1.0,
            stop_ids=(), seed=None, until=None):
     """Yield the answers so far, a list of ids per prompt, after every step; see generate."""
