@@ -661,6 +661,16 @@ def test_cross_entropy_value_and_gradients(monkeypatch):
         first.sum().backward()
 
 
+def test_norm_rounds_as_the_hubs():
+    """In bfloat16: the formula in float32, rounded, and only then times the weight."""
+    x, norm = torch.randn(50, 48).bfloat16() * 3, model_file.RMSNorm(48, 1e-5).bfloat16()
+    with torch.no_grad():
+        norm.weight.copy_(torch.rand(48))
+        y = x.float()
+        y = y * (y.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+        assert torch.equal(norm(x), y.bfloat16() * norm.weight)
+
+
 def test_packed_documents_equal_separate_ones():
     """Without resetting RoPE positions, full and streaming; no target crosses documents."""
     model, rng = small(), torch.Generator().manual_seed(0)
@@ -689,6 +699,24 @@ def test_checkpointing_changes_no_gradient():
 
 
 # --- generation ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("policy", ["full", "streaming", "snapkv", "h2o"])
+def test_a_cache_goes_on_outside_generate(policy):
+    """What `generate` laid out, `prefill` may write to and read on from, as in one pass."""
+    settings = dict(streaming=dict(sink=1, window=6), snapkv=dict(keep=0.5, obs_window=2),
+                    h2o=dict(budget=8))
+    model, tokens, states = small(), random_tokens(24), []
+    for inside in (True, False):
+        cache = evict.make_cache(model, policy, **settings.get(policy, {}))
+        if inside:
+            generate(model, tokens[:16], 0, cache)
+        else:
+            with torch.no_grad():
+                cache.prefill(model, tokens[:16])
+        with torch.no_grad():
+            states.append(cache.prefill(model, tokens[16:]))
+    assert torch.equal(*states)
+
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 20, None])
 def test_greedy_with_cache_equals_without(chunk):
@@ -2000,6 +2028,27 @@ def test_several_processes_train_as_one(tmp_path, name):
             assert a.keys() == b.keys()
             assert all((a[key] - b[key]).abs().mean() < 1e-5 for key in a)
         assert tables[out] == {row: pytest.approx(v, abs=1e-3) for row, v in tables["one"].items()}
+
+
+def train_chats(rank, size, port, cwd):
+    connected(rank, size, port, cwd)
+    train.main("--method sft --model model --data chats.jsonl --seq_len 64 --batch 1 --grad_accum 2 "
+               "--steps 2 --eval_every 1 --eval_seqs 2".split())
+
+
+def test_chats_are_scored_while_processes_share_the_weights(tmp_path):
+    """Then by their loss alone; answers are written before and after, by a whole model."""
+    (tmp_path / "model").mkdir()
+    made_tokenizer(tmp_path / "model")
+    vocab_size = len(load_tokenizer(tmp_path / "model").bytes)
+    save_model(small(vocab_size=vocab_size), tmp_path / "model")
+    rows = [{"question": f"{i} and 1?", "answer": f"#### {i + 1}"} for i in range(40)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert launch(train_chats, 2, str(tmp_path)) == [0, 0]
+    *_, done = evals = logged(tmp_path / "out/sft/log.jsonl", "eval")
+    assert len(evals) == 2 and "held-out loss" in done and "right answers" not in done
+    table = logged(tmp_path / "out/sft/log.jsonl", "end")[-1]["rows"]
+    assert all("right answers" in row for row in table.values())
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
