@@ -48,9 +48,9 @@ from tqdm import tqdm
 
 import meco
 from evict import RULES, Flags
-from model import (DTYPES, Batch, Llama, LlamaConfig, append_line, barrier, byte_tokenizer, causal,
-                   collate, cross_entropy, fingerprint, flag, generate, join, load_model,
-                   load_tokenizer, parse, rank, run, save_model, world_size)
+from model import (CHAT_CHOICES, DTYPES, Batch, Llama, LlamaConfig, append_line, barrier,
+                   byte_tokenizer, causal, collate, cross_entropy, fingerprint, flag, generate, join,
+                   load_model, load_tokenizer, parse, rank, run, save_model, world_size)
 
 # --- text metrics --------------------------------------------------------------------------------
 
@@ -2032,7 +2032,7 @@ def load(task, path, n=100, seed=42, tokenizer=None, length=None, chat=None):
         folder = os.path.dirname(os.path.dirname(os.path.abspath(path)))
         file = os.path.relpath(path, folder)
     if chat is None:
-        chat = spec.chat and tokenizer.has_chat
+        chat = spec.chat and tokenizer.template is not None
     try:
         rows = read_rows(folder, file)
         drafts = list(spec.read(rows, folder, n, seed, size, spec.option))
@@ -2488,8 +2488,9 @@ class Config:
     batch: int = flag(1, "prompts that decode together", least=1)
     seed: int = flag(0, "of the built examples, and of the tiny model", least=0)
     data: str | None = flag(None, "folder with the benchmark's own files")
-    chat: bool | None = flag(None, "the tokenizer's chat format (default: where it has one and the "
-                                   "benchmark uses it; not for built tasks)")
+    chat: str | None = flag(None, "the prompts' format (default: the folder's own, where it has one "
+                                  "and the benchmark uses it; not for built tasks)",
+                            choices=CHAT_CHOICES, bare="own")
     prefix_host: str | None = flag(None, "host before every prompt, for models trained with MeCo")
     max_new_tokens: int | None = flag(None, "longest answer (default: the task's)", least=1)
     out: str = flag("out/eval.jsonl", "results, one line an example")
@@ -2630,9 +2631,14 @@ def jobs(config) -> list:
     return out
 
 
+def chosen_chat(config):
+    """Whether prompts are turns of a chat; None where that was not said."""
+    return None if config.chat is None else config.chat != "none"
+
+
 def examples_of(config, name, length, tokenizer) -> list:
     """The examples of a task and length, behind --prefix_host if there is one."""
-    host, chat = config.prefix_host, config.chat
+    host, chat = config.prefix_host, chosen_chat(config)
     before = [] if host is None else meco.prompt(tokenizer, "", host)
     bos = int(tokenizer.add_bos) if before else 0  # gives way to the one in `before`
     length -= len(before) - bos
@@ -2656,7 +2662,7 @@ def run_search(config, name, model, tokenizer, done, about):
     keys = {i: json.dumps({"task": name, "corpus": corpus, "i": i, **about}) for i in chosen}
 
     def ask(prompt):
-        ids = to_ids(tokenizer, prompt, "", bool(config.chat))
+        ids = to_ids(tokenizer, prompt, "", bool(chosen_chat(config)))
         longest = config.max_new_tokens or 60
         return tokenizer.decode(generate(model, ids, longest, stop_ids=tokenizer.eos_ids))
     todo = [i for i in chosen if keys[i] not in done][rank()::world_size()]
@@ -2736,14 +2742,14 @@ def check_tasks(config, policy):
         runs_code = name not in search_kinds and task_of(name).scorer == "pseudo_to_code"
         if runs_code and not config.allow_code_exec:
             raise ValueError(f"{name} compiles and runs what the model wrote: --allow_code_exec")
-    if config.prefix_host and config.chat:
+    if config.prefix_host and chosen_chat(config):
         raise ValueError("--prefix_host is for prompts of plain text, not with --chat")
 
 
-def tokenizer_for(tasks, model, path):
+def tokenizer_for(tasks, model, path, chat=None):
     """The tokenizer of folder `path`; None for the fact stream, which is token ids."""
     if tasks != ["facts"]:
-        return load_tokenizer(path)
+        return load_tokenizer(path, chat)
     if model.config.vocab_size != VOCAB:
         raise ValueError(f"task facts is made of token ids for the tiny model, of {VOCAB} words")
     return None
@@ -2757,7 +2763,7 @@ def main():
     check_tasks(config, policy)
     join(config.device)
     model = load_model(config.model, config.device, DTYPES[config.dtype])
-    tokenizer = tokenizer_for(config.tasks.split(","), model, config.model)
+    tokenizer = tokenizer_for(config.tasks.split(","), model, config.model, config.chat)
     policy.cache(model)  # refuse what does not fit before anything runs
     done = open_results(config.out, config)
     before = set(done)

@@ -1203,35 +1203,44 @@ class Tokenizer:
     """Byte-level BPE on tiktoken.
 
     vocab: token bytes -> id. merges: token bytes in the order in which BPE builds them. split: the
-    regular expression that cuts text. special: added tokens -> ids, found in text too, as the hub
-    does. add_bos: whether documents start with bos_id. system: the chat template's default."""
+    regular expression that cuts text. special: added tokens -> ids, found in text too, the longest
+    first, as the hub does. add_bos: whether documents start with bos_id. template: the chat format,
+    in Jinja; names: what it calls the special tokens ("eos_token" -> "</s>")."""
 
     def __init__(self, vocab, merges, split, special=None, bos_id=None, eos_ids=(), add_bos=False,
-                 system=None):
+                 template=None, names=None):
         import tiktoken
-        self.special, self.bos_id, self.system = special or {}, bos_id, system
-        self.eos_ids, self.add_bos = tuple(eos_ids), add_bos and bos_id is not None
+        self.special, self.bos_id = special or {}, bos_id
+        self.template, self.names = template, names or {}
+        self.add_bos = add_bos and bos_id is not None
         self.bytes = {i: t for t, i in vocab.items()}
         self.bytes |= {i: s.encode() for s, i in self.special.items()}
-        if not all(type(i) is int and i >= 0 for i in [*self.bytes, *self.eos_ids]):
+        if not all(type(i) is int and i >= 0 for i in [*self.bytes, *eos_ids]):
             raise ValueError("a token id is not a whole number >= 0")
-        names = sorted(self.special)
-        for a, b in zip(names, names[1:]):
-            if b.startswith(a):  # which of the two tiktoken finds is left to chance
-                raise ValueError(f"unsupported added tokens: {a!r} begins {b!r}")
+        longest_first = sorted(self.special, key=len, reverse=True)
+        self.cut = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
         single = [bytes([b]) for b in range(256)]
         tokens = list(dict.fromkeys([*single, *merges]))  # a token's rank: its place in merging
-        self.ids = [vocab.get(t, -1) for t in tokens] + list(self.special.values())
+        self.ids = [vocab.get(t, -1) for t in tokens]
         self.encoding = tiktoken.Encoding(
             "from file", pat_str=split + r"|(?s:.)",  # (?s:.): drop nothing
-            mergeable_ranks={t: r for r, t in enumerate(tokens)},
-            special_tokens={s: len(tokens) + i for i, s in enumerate(self.special)})
+            mergeable_ranks={t: r for r, t in enumerate(tokens)}, special_tokens={})
+        self.end_of_turn = self.find_end_of_turn() if template else None
+        ends = [*eos_ids, self.special.get(self.end_of_turn)]
+        self.eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of text, without a leading BOS. A byte that the vocabulary lacks has none."""
-        ids = self.ids
-        ranks = self.encoding.encode(text, allowed_special="all")
-        return [ids[r] for r in ranks if ids[r] >= 0]
+        """Token ids of text, without a leading BOS. A byte that the vocabulary lacks has none.
+
+        Raises ValueError for about a million letters of white space in a row (tiktoken's limit)."""
+        out = []
+        for i, part in enumerate(self.cut.split(text)):
+            if i % 2:
+                out.append(self.special[part])
+            else:
+                ids = [self.ids[r] for r in self.encoding.encode(part)]
+                out += [i for i in ids if i >= 0]
+        return out
 
     def document(self, text: str) -> list[int]:
         """Token ids of text that begins a document: after BOS, if this model has one there."""
@@ -1242,36 +1251,56 @@ class Tokenizer:
         parts = [self.bytes.get(int(i), b"\xff") for i in ids]
         return b"".join(parts).decode("utf-8", errors="replace")
 
-    @property
-    def has_chat(self) -> bool:
-        """Whether `chat` knows this tokenizer's format."""
-        return "<|im_start|>" in self.special or "<|start_header_id|>" in self.special
+    def chat(self, messages: list[dict], answering=True) -> str:
+        """The text of messages [{"role", "content"}] in this model's chat format, with the head of
+        the assistant's next turn if answering. A template that asks for the date is told
+        26 Jul 2024, Llama 3's own default, so that a prompt is the same tomorrow.
 
-    def chat(self, messages: list[dict]) -> str:
-        """The prompt for the assistant's next turn after messages [{"role", "content"}], in ChatML
-        or Llama-3 format. The template's default system turn is used where messages have none.
-        Raises ValueError if the tokenizer knows neither format."""
-        if "<|im_start|>" in self.special:
-            if self.system is not None and (not messages or messages[0]["role"] != "system"):
-                messages = [{"role": "system", "content": self.system}, *messages]
-            form = "<|im_start|>{role}\n{content}<|im_end|>\n"
-            turns = [form.format(role=m["role"], content=m["content"]) for m in messages]
-            return "".join(turns) + "<|im_start|>assistant\n"
-        if "<|start_header_id|>" in self.special:
-            header = "<|start_header_id|>{}<|end_header_id|>\n\n"
-            turns = [header.format(m["role"]) + m["content"].strip() + "<|eot_id|>"
-                     for m in messages]
-            return "<|begin_of_text|>" + "".join(turns) + header.format("assistant")
-        raise ValueError("this tokenizer has neither ChatML's nor Llama-3's chat tokens")
+        Raises ValueError where there is no template, or it refuses the messages."""
+        if not self.template:
+            raise ValueError("this tokenizer has no chat format: --chat chatml or --chat llama3")
+        return render(self.template, messages=messages, add_generation_prompt=answering,
+                      tools=None, documents=None, **self.names)
 
-    @property
-    def end_of_turn(self) -> str:
-        return "<|im_end|>" if "<|im_end|>" in self.special else "<|eot_id|>"
+    def find_end_of_turn(self):
+        """The special token that the chat format writes behind an answer, or None."""
+        asked, answer = {"role": "user", "content": "Well?"}, "That is my whole answer."
+        text = self.chat([asked, {"role": "assistant", "content": answer}], answering=False)
+        return next(iter(self.cut.findall(text.rpartition(answer)[2])), None)
 
 
-def load_tokenizer(path) -> Tokenizer:
+def render(template, **values) -> str:
+    """A chat template filled in as the hub does. It is a program: the sandbox keeps it from the
+    machine. Raises ValueError where it does not run."""
+    from jinja2 import TemplateError  # comes with torch, which requires it
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(words):
+        raise TemplateError(words)
+    values |= {"raise_exception": refuse, "strftime_now": datetime.date(2024, 7, 26).strftime}
+    jinja = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    jinja.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    try:
+        return jinja.from_string(template).render(values)
+    except (TemplateError, TypeError) as e:
+        raise ValueError(f"chat template: {e}") from None
+
+
+CHAT_FORMATS = {  # for a folder without a template
+    "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+              "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "llama3": "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}"
+              "<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
+              "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n"
+              "{% endif %}"}
+CHAT_CHOICES = ("own", "none", *CHAT_FORMATS)  # of --chat; own: the folder's
+
+
+def load_tokenizer(path, chat=None) -> Tokenizer:
     """The tokenizer of folder `path`: tokenizer.json (byte-level BPE), else Llama-3's
-    tokenizer.model, else raw bytes. Raises ValueError naming the file that is unsupported."""
+    tokenizer.model, else raw bytes. chat: one of CHAT_CHOICES, by default the folder's own format.
+    Raises ValueError naming the file that is unsupported."""
     def optional(name):
         file = os.path.join(path, name)
         return read_json(file) if os.path.exists(file) else {}
@@ -1285,16 +1314,22 @@ def load_tokenizer(path) -> Tokenizer:
     try:
         parts = read(name)
         special, bos_token = parts["special"], parts.pop("bos_token")
-        bos = special.get(text_of(settings.get("bos_token") or bos_token))
+        names = {"bos_token": bos_token} | optional("special_tokens_map.json") | settings
+        names = {k: text_of(v) for k, v in names.items() if k.endswith("_token") and v is not None}
+        bos = special.get(names.get("bos_token"))
         eos = optional("generation_config.json").get("eos_token_id", config.get("eos_token_id"))
         eos = eos if isinstance(eos, list) else [eos]
-        eos = [*eos, special.get(text_of(settings.get("eos_token")))]
-        return Tokenizer(
+        eos = [*eos, special.get(names.get("eos_token"))]
+        template = CHAT_FORMATS.get(chat) or chat_template(path, settings)
+        tokenizer = Tokenizer(
             **parts, bos_id=config.get("bos_token_id") if bos is None else bos,
-            eos_ids=dict.fromkeys(i for i in eos if i is not None),
-            system=default_system(path, settings))
+            eos_ids=[i for i in eos if i is not None],
+            template=None if chat == "none" else template, names=names)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as e:
         raise ValueError(f"{name}: unsupported ({type(e).__name__}: {e})") from None
+    if chat in CHAT_FORMATS and tokenizer.end_of_turn is None:
+        raise ValueError(f"{name}: its vocabulary lacks the special tokens of --chat {chat}")
+    return tokenizer
 
 
 def text_of(token):
@@ -1302,15 +1337,15 @@ def text_of(token):
     return token.get("content") if isinstance(token, dict) else token
 
 
-def default_system(path, settings):
-    """The system turn that a ChatML template puts first by itself, or None."""
+def chat_template(path, settings):
+    """The chat template of a model folder, or None."""
     template, newer = settings.get("chat_template"), os.path.join(path, "chat_template.jinja")
     if os.path.exists(newer):
         with open(newer, encoding="utf-8") as f:
-            template = f.read()
-    pattern = r"<\|im_start\|>system(?:\\n|\n)([^{}'+]+?)<\|im_end\|>"
-    found = re.search(pattern, str(template))
-    return found and found[1]
+            return f.read()
+    if isinstance(template, list):  # several by name
+        return {t["name"]: t["template"] for t in template}.get("default")
+    return template
 
 
 def byte_tokenizer(vocab_size=258) -> Tokenizer:
@@ -1389,10 +1424,10 @@ def parse_tokenizer_model(path) -> dict:
 
 # --- command line: a dataclass field is a flag ---------------------------------------------------
 
-def flag(default, help, least=None, choices=None, free=False):
+def flag(default, help, least=None, choices=None, free=False, bare=None):
     """A dataclass field that is also a command-line flag. least: its lowest value; free: it may
-    change when a run is resumed."""
-    metadata = dict(help=help, least=least, choices=choices, free=free)
+    change when a run is resumed; bare: its value when it is given without one."""
+    metadata = dict(help=help, least=least, choices=choices, free=free, bare=bare)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -1432,7 +1467,8 @@ def argument(f, kind) -> dict:
     if kind is list:
         return dict(help=help, action="append", metavar="S")
     if f.metadata["choices"]:
-        return dict(help=help, choices=f.metadata["choices"])
+        once = dict(nargs="?", const=f.metadata["bare"]) if f.metadata["bare"] else {}
+        return dict(help=help, choices=f.metadata["choices"], **once)
     return dict(help=help, type=kind, metavar={int: "N", float: "X"}.get(kind, "S"))
 
 
@@ -1464,7 +1500,8 @@ class Config:
     model: str | None = flag(None, "folder with config.json and safetensors")
     prompt: str | None = flag(None, "text to answer or continue")
     max_new_tokens: int = flag(256, "longest answer [tokens]", least=1)
-    chat: bool | None = flag(None, "the model's chat format (default: if its tokenizer has one)")
+    chat: str | None = flag(None, "the prompt's format (default: the folder's own, if it has one)",
+                            choices=CHAT_CHOICES, bare="own")
     temperature: float = flag(0.0, "0 = greedy", least=0)
     top_p: float = flag(1.0, "draw from the likeliest tokens that hold this probability", least=0)
     seed: int = flag(0, "of the drawing and of policy random", least=0)
@@ -1479,9 +1516,9 @@ def main():
         raise ValueError("--model and --prompt are needed")
     join(config.device)
     model = load_model(config.model, config.device, DTYPES[config.dtype])
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = load_tokenizer(config.model, config.chat)
     tokens = tokenizer.document(config.prompt)
-    if tokenizer.has_chat if config.chat is None else config.chat:
+    if tokenizer.template or config.chat not in (None, "none"):
         message = {"role": "user", "content": config.prompt}
         tokens = tokenizer.encode(tokenizer.chat([message]))
     cache = policy.cache(model, config.seed)

@@ -1045,7 +1045,8 @@ def made_tokenizer(folder, digits=True, seed=0):
         )
     )
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"}})
+        json.dumps({"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"},
+                    "chat_template": model_file.CHAT_FORMATS["chatml"]})
     )
     return letters, merges, dict(zip(tokens, ids))
 
@@ -1099,7 +1100,8 @@ def test_llama3_tokenizer_model(tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(
         b"".join(base64.b64encode(t) + f" {i}\n".encode() for i, t in enumerate(tokens))
     )
-    tokenizer = load_tokenizer(tmp_path)
+    assert load_tokenizer(tmp_path).template is None
+    tokenizer = load_tokenizer(tmp_path, "llama3")
     assert (
         tokenizer.encode("hello w1234") == [259, 260, *b"1234"]
         and tokenizer.decode([259, 260]) == "hello w"
@@ -1113,20 +1115,88 @@ def test_llama3_tokenizer_model(tmp_path):
         "<|start_header_id|>user<|end_header_id|>\n\nhello<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
     )
     assert tokenizer.encode(text)[:2] == [len(tokens), len(tokens) + 6]
+    assert tokenizer.eos_ids == (len(tokens) + 9,)
+    with pytest.raises(ValueError, match="special tokens of --chat chatml"):
+        load_tokenizer(tmp_path, "chatml")
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00")
     with pytest.raises(ValueError, match="tokenizer.model"):
         load_tokenizer(tmp_path)
 
 
+# Templates after those of known families, what transformers 5.2 writes for ASKED with each (with
+# date_string="26 Jul 2024"), and the special token behind an answer
+ASKED = [{"role": "user", "content": " hi "}]
+CHATML_TURNS = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' "
+                "+ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+                "{% endif %}")
+TEMPLATES = {
+    "Hermes: BOS, then ChatML": (
+        "{{ bos_token }}" + CHATML_TURNS,
+        "<s><|im_start|>user\n hi <|im_end|>\n<|im_start|>assistant\n", "<|im_end|>"),
+    "SmolLM2, Qwen2: a system turn by default": (
+        "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nIt\\'s you.<|im_end|>\n' }}"
+        "{% endif %}" + CHATML_TURNS,
+        "<|im_start|>system\nIt's you.<|im_end|>\n<|im_start|>user\n hi <|im_end|>\n"
+        "<|im_start|>assistant\n", "<|im_end|>"),
+    "Llama 3.2: the date, trimmed turns": (
+        "{{- bos_token }}\n{%- if not date_string is defined %}\n    {%- if strftime_now is defined %}"
+        "\n        {%- set date_string = strftime_now('%d %b %Y') %}\n    {%- else %}\n"
+        "        {%- set date_string = '26 Jul 2024' %}\n    {%- endif %}\n{%- endif %}\n"
+        "{{- 'system: Today Date: ' + date_string + '\n\n' }}\n{%- for m in messages %}\n"
+        "    {{- m['role'] + ':' + m['content'] | trim + eos_token }}\n{%- endfor %}",
+        "<s>system: Today Date: 26 Jul 2024\n\nuser:hi</s>", "</s>"),
+    "Tulu: no special words but EOS": (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+        "<|user|>\n hi \n<|assistant|>\n", "</s>"),
+    "loop controls and JSON": (
+        "{% for m in messages %}\n{% if m.role == 'system' %}{% continue %}{% endif %}\n"
+        "{{ m | tojson }}\n{% endfor %}", '{"role": "user", "content": " hi "}\n', None)}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chats_are_written_by_the_folders_template(name, tmp_path):
+    """Equal to the hub's; the end of an answer is a stop id, whatever else the files name."""
+    template, want, end = TEMPLATES[name]
+    special = {"<s>": 256, "</s>": 257, "<|im_start|>": 258, "<|im_end|>": 259}
+    vocab, names = {bytes([b]): b for b in range(256)}, {"bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer = model_file.Tokenizer(vocab, [], "(?s:.)", special, 256, (257,), False, template, names)
+    assert tokenizer.chat(ASKED) == want and tokenizer.end_of_turn == end
+    assert tokenizer.eos_ids == ((257, 259) if end == "<|im_end|>" else (257,))
+    answered = [*ASKED, {"role": "assistant", "content": "ok"}]
+    if end is None:
+        with pytest.raises(ValueError, match="cannot be trained on"):
+            train.encode_chat(answered, tokenizer, 999)
+    else:
+        tokens, targets = train.encode_chat([*answered, *answered], tokenizer, 999)
+        assert tokenizer.decode(targets[targets != -100]).count("ok" + end) == 2
+        whole = tokenizer.chat([*answered, *answered], answering=False)
+        assert whole.startswith(tokenizer.decode(tokens))
+
+
+def test_templates_that_refuse_or_reach_out():
+    vocab = {bytes([b]): b for b in range(256)}
+    for template, words in (
+            ("{{ raise_exception('users first') }}", "users first"), ("{% if %}", "chat template"),
+            ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"), ("{{ 1 + 'a' }}", "int")):
+        with pytest.raises(ValueError, match=words):
+            model_file.Tokenizer(vocab, [], "(?s:.)", template=template).chat(ASKED)
+    with pytest.raises(ValueError, match="--chat chatml"):
+        model_file.Tokenizer(vocab, [], "(?s:.)").chat(ASKED)
+
+
 def test_chat_templates_and_odd_tokenizers(tmp_path):
-    made_tokenizer(tmp_path)
-    for template, system in (
-        ("{{ '<|im_start|>system\\nnever lie<|im_end|>\\n' }}", "never lie"),
-        ("<|im_start|>system\nnow<|im_end|>", "now"),
-        ("'<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>'", None),
-    ):
-        (tmp_path / "chat_template.jinja").write_text(template)
-        assert load_tokenizer(tmp_path).system == system
+    letters, merges, ids = made_tokenizer(tmp_path)
+    (tmp_path / "special_tokens_map.json").write_text('{"unk_token": {"content": "<|im_start|>"}}')
+    (tmp_path / "chat_template.jinja").write_text("{{ unk_token }} now")
+    assert load_tokenizer(tmp_path).chat(ASKED) == "<|im_start|> now"
+    assert load_tokenizer(tmp_path, "none").template is None
+    assert load_tokenizer(tmp_path, "chatml").chat(ASKED).endswith("<|im_start|>assistant\n")
+    (tmp_path / "chat_template.jinja").unlink()
+    named = [{"name": "rag", "template": "a"}, {"name": "default", "template": "b"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert load_tokenizer(tmp_path).chat(ASKED) == "b"
     good = json.loads((tmp_path / "tokenizer.json").read_text())
     split = lambda pattern: {
         "pre_tokenizer": {
@@ -1143,7 +1213,6 @@ def test_chat_templates_and_odd_tokenizers(tmp_path):
         }
     }
     for change in (
-        {"added_tokens": [{"id": 5, "content": "aa"}, {"id": 6, "content": "aaa"}]},
         {"normalizer": {"type": "NFC"}},
         split(5),
         split("("),
@@ -1156,6 +1225,13 @@ def test_chat_templates_and_odd_tokenizers(tmp_path):
     assert (
         tokenizer.decode(tokenizer.encode("xaay")) == "xaay"
     )  # what the pattern leaves out is not lost
+    added = [{"id": 901, "content": "aa"}, {"id": 902, "content": "aaa"}, {"id": 903, "content": "ab"}]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(good | {"added_tokens": added}))
+    tokenizer = load_tokenizer(tmp_path)  # as the hub: the first place, there the longest
+    want = [902, 901, ids["b"], 903, 902, 902, ids["a"]]
+    assert tokenizer.encode("aaaaabab" + "aaaaaaa") == want
+    with pytest.raises(ValueError, match="[Rr]egex"):
+        tokenizer.encode(" " * 10 ** 6)
 
 
 def test_byte_tokenizer_and_broken_files(tmp_path):
@@ -1563,12 +1639,21 @@ def test_conversations_train_the_assistants_words_only(tmp_path, monkeypatch, ca
         train.main(["--method", *method, *args])
         rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
         assert rows[method[0]]["held-out loss"] < rows["before"]["held-out loss"]
+    (tmp_path / "m/tokenizer_config.json").unlink()  # a base model: no template
+    (tmp_path / "m/generation_config.json").write_text('{"eos_token_id": 5}')
+    with pytest.raises(ValueError, match="--chat chatml"):
+        train.main(["--method", "sft", *args, "--out_dir", "base"])
+    train.main(["--method", "sft", *args, "--out_dir", "base", "--chat", "chatml"])
+    capsys.readouterr()
+    tuned = load_tokenizer("base")
+    assert tuned.chat(CHAT) == tokenizer.chat(CHAT)
+    assert tuned.eos_ids == (5, tuned.special["<|im_end|>"])
     long = json.dumps({"question": "a" * 999, "answer": "b"})
     for line, words in (("{}", "line 13"), ('{"messages": []}', "line 13"), (long, "--seq_len 200"),
                         ('{"messages": [{"role": "user"}]}', "line 13")):
         (tmp_path / "c.jsonl").write_text("\n".join([*lines, line]))
         with pytest.raises(ValueError, match=words):
-            train.main(["--method", "sft", *args, "--out_dir", "x"])
+            train.main(["--method", "sft", *args, "--out_dir", "x", "--chat", "chatml"])
     assert not os.path.exists("x")
 
 
@@ -3151,7 +3236,7 @@ def test_a_comment_changes_no_fingerprint(tmp_path):
 
 
 def test_chat_and_length_are_as_asked(tmp_path, monkeypatch):
-    """--no-chat gives a benchmark's chat task as plain text, a host stands before plain text and
+    """--chat none gives a benchmark's chat task as plain text, a host stands before plain text and
     within the length, LongProc has lengths of its own."""
     special = {"<|im_start|>": 256, "<|im_end|>": 257}
     vocab = {bytes([b]): b for b in range(256)}
@@ -3162,7 +3247,7 @@ def test_chat_and_length_are_as_asked(tmp_path, monkeypatch):
         return []
     monkeypatch.setattr(eval_tasks, "load", load)
     config = lambda **given: eval_tasks.Config(data=str(tmp_path), examples=1, **given)
-    for given in ({}, {"chat": True}, {"chat": False}, {"prefix_host": "a.org"}):
+    for given in ({}, {"chat": "own"}, {"chat": "none"}, {"prefix_host": "a.org"}):
         eval_tasks.examples_of(config(**given), "longproc:countdown_0.5k", 0, tokenizer)
         eval_tasks.examples_of(config(**given), "helmet:icl_banking77", 2000, tokenizer)
     shorter = 2000 - len(meco.prompt(tokenizer, "", "a.org"))  # no BOS, which would be shared

@@ -36,10 +36,10 @@ import meco
 import prulong
 import vlorp
 from eval_tasks import TINY, FactData, final_answer, tiny_model, tiny_start, word_problem
-from model import (DTYPES, TOKENIZER_FILES, Llama, Method, Parser, all_reduce, append_line, barrier,
-                   byte_tokenizer, causal, collate, fingerprint, flag, generate, join, load_config,
-                   load_model, load_tokenizer, parse, peak_memory, permutation, rank, read_json,
-                   replacing, run, shuffled, world_size, write_tensors)
+from model import (CHAT_FORMATS, DTYPES, TOKENIZER_FILES, Llama, Method, Parser, all_reduce,
+                   append_line, barrier, byte_tokenizer, causal, collate, fingerprint, flag, generate,
+                   join, load_config, load_model, load_tokenizer, parse, peak_memory, permutation,
+                   rank, read_json, replacing, run, shuffled, world_size, write_tensors)
 
 METHODS = {
     "lm": Method, "sft": Method, "prulong": prulong.PruLong, "duo": prulong.Duo,
@@ -55,6 +55,8 @@ class Config:
                                      "NAME[:flag=value,...], trained the same way", free=True)
     model: str | None = flag(None, "folder of a Llama (default: a tiny one)")
     from_scratch: bool | None = flag(None, "fresh weights, the folder's shapes and tokenizer")
+    chat: str | None = flag(None, "format of conversations (default: the folder's own)",
+                            choices=tuple(CHAT_FORMATS))
     data: str | None = flag(None, "facts (embedded), stdlib (Python's own sources), problems (word "
                                   "problems), a folder, a file, or name=weight:PATH,...")
     out_dir: str | None = flag(None, "where results go (default: out/METHOD)", free=True)
@@ -173,7 +175,7 @@ def read_path(path):
         yield from read_lines(path)
     else:
         with open(path, encoding="utf-8") as f:
-            yield {"text": f.read()}
+            yield {"text": f.read(), "where": path}
 
 
 def read_lines(path):
@@ -222,9 +224,14 @@ def read_text(rows, tokenizer) -> dict:
     for name, (weight, path) in rows.sources.items():
         docs = []
         for row in tqdm(read_path(path), f"tokens of {name}", unit=" documents", disable=None):
+            where = row.get("where", path)
             if not isinstance(row.get("text"), str):
-                raise ValueError(f'{row.get("where", path)}: expected an object with a "text"')
-            docs.append(np.array(tokenizer.document(row["text"]) + end, dtype=np.int32))
+                raise ValueError(f'{where}: expected an object with a "text"')
+            try:
+                tokens = tokenizer.document(row["text"]) + end
+            except ValueError as e:
+                raise ValueError(f"{where}: {e}") from None
+            docs.append(np.array(tokens, dtype=np.int32))
         sources[name] = weight, docs
     return sources
 
@@ -380,17 +387,21 @@ def as_messages(row) -> list:
 
 def encode_chat(messages, tokenizer, seq_len):
     """Token ids of a conversation and its targets, both (n,): the prompt of each of the assistant's
-    turns, then the turn and its end. Raises ValueError if it is longer than seq_len."""
-    end, ids, learned, text = tokenizer.end_of_turn, [], [], ""
+    turns, then the turn and its end. Raises ValueError if it is longer than seq_len, or its chat
+    format does not end a turn, or writes a turn otherwise once it is past."""
+    whole, end = tokenizer.chat(messages, answering=False), tokenizer.end_of_turn
+    ids, learned, at = [], [], 0
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
-            prompt, content = tokenizer.chat(messages[:i]), message["content"]
-            content = content.strip() if end == "<|eot_id|>" else content  # as its format has it
-            before = tokenizer.encode(prompt[len(text):])
-            turn = tokenizer.encode(content + end)
+            prompt = tokenizer.chat(messages[:i])
+            if end is None or not whole.startswith(prompt) or end not in whole[len(prompt):]:
+                raise ValueError("the tokenizer's chat format cannot be trained on: an answer must "
+                                 "follow its prompt and end in a special token")
+            start, stop = len(prompt), whole.index(end, len(prompt)) + len(end)
+            before, turn = tokenizer.encode(whole[at:start]), tokenizer.encode(whole[start:stop])
             ids += before + turn
             learned += [False] * len(before) + [True] * len(turn)
-            text = prompt + content + end
+            at = stop
     if len(ids) > seq_len:
         words = messages[0]["content"][:40]
         raise ValueError(f"the conversation {words!r} has {len(ids)} tokens, more than --seq_len "
@@ -565,7 +576,7 @@ def main(argv=None, methods=METHODS):
         runs[variant] = (other, *read_flags(argv, methods, variant))
     tokenizer = None
     if args.data not in STREAMS:
-        tokenizer = load_tokenizer(args.model) if args.model else byte_tokenizer()
+        tokenizer = load_tokenizer(args.model, args.chat) if args.model else byte_tokenizer()
     rows, kind = Rows(args.data), methods[args.method]
     data = kind.data(args, config, tokenizer, rows) or own_data(args, tokenizer, rows)
     model = build_model(kind, args, config)
@@ -702,10 +713,15 @@ def inside(args, paths) -> list:
 def save(method, model, args, out_dir):
     """What the method learned, and the tokenizer's files beside weights."""
     paths = method.save(model, out_dir)
-    for name in TOKENIZER_FILES if args.model else ():
+    has_weights = any(path.endswith(".safetensors") for path in paths)
+    for name in TOKENIZER_FILES if args.model and has_weights else ():
         source = os.path.join(args.model, name)
-        if os.path.exists(source) and any(path.endswith(".safetensors") for path in paths):
+        if os.path.exists(source):
             paths.append(shutil.copy(source, out_dir))
+    if args.chat and has_weights:  # what it was trained on is from now on its own format
+        paths.append(os.path.join(out_dir, "chat_template.jinja"))
+        with replacing(paths[-1]) as part, open(part, "w", encoding="utf-8") as f:
+            f.write(CHAT_FORMATS[args.chat])
     log = os.path.join(args.out_dir, "log.jsonl")
     write_log(log, event="saved", paths=inside(args, paths))
     print(f"saved {', '.join(paths)}", flush=True)
