@@ -211,7 +211,7 @@ def load_cepe(path, device="cpu", dtype=torch.float32) -> CEPE:
     """The CEPE in folder `path`, frozen but for its new parts. Raises ValueError naming what is
     missing, unexpected, misshapen or unsupported; .bin weights are pickles and refused."""
     pickled = os.path.exists(os.path.join(path, "pytorch_model.bin"))
-    if pickled and not os.path.exists(weight_files(path)[0]):
+    if pickled and not os.path.exists(next(iter(weight_files(path)))):
         raise ValueError(f"{path}: .bin weights would have to be unpickled: convert them to "
                          "model.safetensors where you trust the file")
     file = os.path.join(path, "config.json")
@@ -630,7 +630,7 @@ def main():
     prompt = tokenizer.document(config.prompt)
     new = generate(WithContext(model, context), prompt, config.max_new_tokens,
                    stop_ids=tokenizer.eos_ids)
-    print(tokenizer.decode(new))
+    print(tokenizer.decode(new, marks=False))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ import torch
 from tqdm import tqdm
 
 import meco
-from evict import RULES, Flags
+from evict import RULES, Flags, advice
 from model import (CHAT_CHOICES, DTYPES, Batch, Llama, LlamaConfig, append_line, barrier,
                    byte_tokenizer, causal, collate, cross_entropy, fingerprint, flag, generate, join,
                    load_model, load_tokenizer, parse, rank, run, save_model, world_size)
@@ -638,11 +638,17 @@ def run_limited(command, folder, stdin, seconds):
         return out.read(2 ** 24).decode("utf-8", errors="replace")
 
 
+def compiles(folder):
+    """Whether g++ makes main of main.cpp, within the limits."""
+    run_limited(["g++", "-std=c++11", "-O", "main.cpp", "-o", "main"], folder, "", 60)
+    return Path(folder, "main").exists()
+
+
 def score_code(text, example):
     """Pseudo-code to C++: compiled and run on the first ten tests; every byte of the output counts.
 
     Runs what a model wrote, so the command line asks for --allow_code_exec. Raises ValueError where
-    there is no g++."""
+    there is no g++, or it compiles nothing."""
     if not shutil.which("g++"):
         raise ValueError("pseudo_to_code needs g++")
     fence = re.search(r"(?s)```(?:cpp|c\+\+)(.*)```", text)
@@ -651,8 +657,11 @@ def score_code(text, example):
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "main.cpp")
         source.write_text(CPP_HEADERS + fence[1], encoding="utf-8", errors="replace")
-        run_limited(["g++", "-std=c++11", "-O", "main.cpp", "-o", "main"], folder, "", 60)
-        right = Path(folder, "main").exists()
+        right = compiles(folder)
+        if not right:
+            source.write_text(CPP_HEADERS + "int main() {}")
+            if not compiles(folder):
+                raise ValueError("g++ does not run here within the limits of processes and memory")
         for given, expected in example["item"]["testcases"][:10]:
             stdin, stdout = "\n".join(given) + "\n", "\n".join(expected) + "\n"
             right = right and run_limited(["./main"], folder, stdin, 3) == stdout
@@ -2000,7 +2009,7 @@ NEEDS_JUDGE = ("narrativeqa", "infbench_sum_eng", "multi_lexsum")  # a large mod
 def check_draft(spec, draft):
     """Raises what the scorer raises, or ValueError where a score would mean nothing."""
     gold, scorer = draft.gold, spec.scorer
-    if not draft.user or not scorer.startswith("alce") and "" in flat(draft.answer):
+    if not draft.user or not scorer.startswith("alce") and not any(flat(draft.answer)):
         raise ValueError("a prompt or an answer is empty")
     if scorer == "html_to_tsv" and not read_table(draft.answer):
         raise ValueError("the reference table has no rows")
@@ -2514,7 +2523,9 @@ def answer(model, tokenizer, examples, cache, max_new_tokens=None):
     stop_ids = () if tokenizer is None else tokenizer.eos_ids
     prompts = [example.prompt for example in examples]
     answers = generate(model, prompts, max(limits), cache, stop_ids=stop_ids, until=until)
-    return answers if tokenizer is None else [tokenizer.decode(ids) for ids in answers]
+    if tokenizer is None:
+        return answers
+    return [tokenizer.decode(ids, marks=False) for ids in answers]
 
 
 def read_results(path) -> dict:
@@ -2664,7 +2675,8 @@ def run_search(config, name, model, tokenizer, done, about):
     def ask(prompt):
         ids = to_ids(tokenizer, prompt, "", bool(chosen_chat(config)))
         longest = config.max_new_tokens or 60
-        return tokenizer.decode(generate(model, ids, longest, stop_ids=tokenizer.eos_ids))
+        new = generate(model, ids, longest, stop_ids=tokenizer.eos_ids)
+        return tokenizer.decode(new, marks=False)
     todo = [i for i in chosen if keys[i] not in done][rank()::world_size()]
     start, kind = time.perf_counter(), name.removeprefix("litsearch:")
     for i, metrics in search(kind, model, tokenizer, data, todo, ask) if todo else ():
@@ -2704,6 +2716,10 @@ def report(rows) -> list:
             if name in group[0]["metrics"]:
                 mean = sum(row["metrics"][name] for row in group) / len(group)
                 print(f"| | | {name} | {mean:.3f} | | | | | |")
+    for (policy, length), group in by(rows, "policy", "length"):
+        said = advice(policy, sum(row["footprint"] for row in group) / len(group))
+        if said:
+            print(f"{length} tokens: {said}", file=sys.stderr)
     return records
 
 

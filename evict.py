@@ -130,7 +130,10 @@ class Rule(Full):
         positions = step.key_positions[0, step.first:end]
         n_sink = int((positions < (self.settings.sink or 0)).sum())
         budget = self.budget(step, end - step.first)
-        return step.first + select(scores, budget, n_sink, self.recent(step, budget))
+        recent = self.recent(step, budget)
+        if step.final and not step.decoding:
+            recent = max(recent, 1)  # a prompt's last token always stays
+        return step.first + select(scores, budget, n_sink, recent)
 
     def budget(self, step, n) -> int:
         """Entries to keep of n candidates."""
@@ -146,7 +149,8 @@ class Rule(Full):
         keep = self.settings.keep
         if keep is None:
             return self.settings.budget
-        return math.floor(keep * n + 1e-9)  # 0.29 * 100 is 29 although floats say 28.999...
+        # 0.29 * 100 is 29 although floats say 28.999...; a small share of a small chunk is one
+        return max(math.ceil(keep), math.floor(keep * n + 1e-9))
 
     def recent(self, step, budget) -> int:
         """Last candidates that come before all others."""
@@ -392,6 +396,15 @@ def make_cache(model, policy="full", batch=1, seed=0, **settings) -> KVCache:
     rules = RULES[policy](settings).spread(model.config)
     patch = settings.obs_window if settings.patch else 0
     return KVCache(model, rules, batch, settings.chunk, patch, seed)
+
+
+def advice(policy, footprint) -> str:
+    """A line for a run under a policy that spared next to nothing, else ''."""
+    if policy == "full" or footprint < 0.9:
+        return ""
+    return (f"policy {policy} spared next to nothing (footprint {footprint:.3f}): prompts within its "
+            "budget or window, scores of heads without --sparsity, or prompts read whole, without "
+            "--chunk")
 
 
 # --- Locret: a trained scorer --------------------------------------------------------------------

@@ -38,7 +38,8 @@ def bare(url) -> str:
 
 def host(url) -> str:
     """The host of a URL, in lower case: no scheme, user, port, path or query. Sub-domains stay."""
-    return re.split("[/?#]", bare(url))[0].rpartition("@")[2].partition(":")[0].lower()
+    netloc = re.split("[/?#]", bare(url))[0].rpartition("@")[2]
+    return re.sub(r":\d*$", "", netloc).lower()  # colons inside [...] are an IPv6 address
 
 
 def describe(row, kind, top=()):
@@ -363,7 +364,7 @@ def main():
     tokenizer = load_tokenizer(config.model)
     ids = prompt(tokenizer, config.prompt, config.prefix_host)
     new = generate(model, ids, config.max_new_tokens, stop_ids=tokenizer.eos_ids)
-    print(tokenizer.decode(new))
+    print(tokenizer.decode(new, marks=False))
 
 
 if __name__ == "__main__":

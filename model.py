@@ -121,8 +121,8 @@ def rope_scaling(rope, hf):
         return None
     scaling = {"rope_type": kind} | {name: float(rope[name]) for name in ROPE_TYPES[kind]}
     if kind == "llama3":
-        n = rope.get("original_max_position_embeddings", hf.get("max_position_embeddings"))
-        scaling["original_max_position_embeddings"] = float(n)
+        name, least = "original_max_position_embeddings", hf.get("max_position_embeddings")
+        scaling[name] = float(hf.get(name) or rope.get(name) or least)
     return scaling
 
 
@@ -900,7 +900,8 @@ def generate(model, tokens, max_new_tokens, cache=None, chunk=None, temperature=
     chunk [tokens]: prefill so many at a time, by default the cache's own or all at once.
     temperature 0 is greedy; top_p keeps the likeliest tokens that hold this probability. Rows draw
     from generators of their own, by seed + row. until(row, ids) true ends a row early.
-    Raises ValueError: no tokens, a token outside the vocabulary, another number of rows."""
+    Raises ValueError: no tokens, a token outside the vocabulary, another number of rows, logits
+    that are not finite."""
     several = not torch.is_tensor(tokens) and hasattr(tokens[0], "__len__")
     answers = [] if several else [[]]
     for answers in stream(model, tokens if several else [tokens], max_new_tokens, cache, chunk,
@@ -937,6 +938,8 @@ def stream(model, prompts, max_new_tokens, cache=None, chunk=None, temperature=0
         live = live & ~torch.isin(token, stops)
         cache.pending.copy_(torch.where(live, token, cache.pending))
         for b, new in enumerate(torch.where(live, token, -1).tolist()):  # the one host read
+            if new == -2:
+                raise ValueError("the model's logits are not finite")
             answers[b] += [new] if new >= 0 else []
             if new >= 0 and until is not None and until(b, answers[b]):
                 live[b] = False
@@ -956,16 +959,18 @@ def check_tokens(tokens, vocab_size):
 
 def pick(logits, temperature, top_p, rngs):
     """A token of each row of logits (B, V): the best at temperature 0, else drawn by its generator
-    from the smallest set that holds top_p."""
+    from the smallest set that holds top_p; -2 where logits are not finite."""
+    best, token = logits.max(-1)
+    wrong = ~best.isfinite()  # one NaN in a row is its maximum
     if temperature == 0:
-        return logits.argmax(-1)
-    p = ((logits - logits.amax(-1, keepdim=True)).double() / temperature).softmax(-1)
+        return token.masked_fill(wrong, -2)
+    p = ((logits - best[:, None]).double() / temperature).softmax(-1).nan_to_num()
     p, order = p.sort(descending=True)
     before = p.cumsum(-1) - p  # the token that crosses top_p stays
     p = p.masked_fill(before >= top_p, 0)
     p[:, 0] = p[:, 0].clamp(min=1e-30)
     drawn = [torch.multinomial(row, 1, generator=rng) for row, rng in zip(p, rngs)]
-    return order.gather(1, torch.stack(drawn))[:, 0]
+    return order.gather(1, torch.stack(drawn))[:, 0].masked_fill(wrong, -2)
 
 
 # --- loading and saving: the Hugging Face layout -------------------------------------------------
@@ -1020,15 +1025,18 @@ def assign(model, tensors, path):
     return model
 
 
-def weight_files(path) -> list:
-    """The safetensors files of a model folder; those that an index names lie in it."""
+def weight_files(path) -> dict:
+    """The safetensors files of a model folder, and the tensors that its index wants of each; without
+    an index None, which is all."""
     single = os.path.join(path, "model.safetensors")
     index = single + ".index.json"
     if os.path.exists(single) or not os.path.exists(index):
-        return [single]
+        return {single: None}
     try:
-        shards = sorted(set(read_json(index)["weight_map"].values()))
-        return [os.path.join(path, os.path.basename(shard)) for shard in shards]
+        files = {}
+        for name, shard in sorted(read_json(index)["weight_map"].items()):  # in this folder
+            files.setdefault(os.path.join(path, os.path.basename(shard)), []).append(name)
+        return files
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{index}: expected a weight_map from tensors to files") from None
 
@@ -1036,9 +1044,9 @@ def weight_files(path) -> list:
 def read_weights(path, device="cpu", dtype=None) -> dict:
     """All weights of a model folder by name."""
     tensors = {}
-    for file in weight_files(path):
+    for file, names in weight_files(path).items():
         with safe_open(file, framework="pt") as f:
-            for name in f.keys():
+            for name in names or f.keys():
                 if not name.endswith("rotary_emb.inv_freq"):  # old checkpoints; follows from config
                     tensors[name] = f.get_tensor(name).to(device, dtype)
     return tensors
@@ -1204,13 +1212,15 @@ class Tokenizer:
 
     vocab: token bytes -> id. merges: token bytes in the order in which BPE builds them. split: the
     regular expression that cuts text. special: added tokens -> ids, found in text too, the longest
-    first, as the hub does. add_bos: whether documents start with bos_id. template: the chat format,
-    in Jinja; names: what it calls the special tokens ("eos_token" -> "</s>")."""
+    first, as the hub does; words: those of them that are words, not marks. add_bos: whether
+    documents start with bos_id. template: the chat format, in Jinja; names: what it calls the
+    special tokens ("eos_token" -> "</s>")."""
 
     def __init__(self, vocab, merges, split, special=None, bos_id=None, eos_ids=(), add_bos=False,
-                 template=None, names=None):
+                 template=None, names=None, words=()):
         import tiktoken
         self.special, self.bos_id = special or {}, bos_id
+        self.marks = {i for token, i in self.special.items() if token not in words}
         self.template, self.names = template, names or {}
         self.add_bos = add_bos and bos_id is not None
         self.bytes = {i: t for t, i in vocab.items()}
@@ -1246,9 +1256,11 @@ class Tokenizer:
         """Token ids of text that begins a document: after BOS, if this model has one there."""
         return [self.bos_id] * self.add_bos + self.encode(text)
 
-    def decode(self, ids) -> str:
-        """The text of token ids; broken UTF-8 and ids without a token become U+FFFD."""
-        parts = [self.bytes.get(int(i), b"\xff") for i in ids]
+    def decode(self, ids, marks=True) -> str:
+        """The text of token ids, with or without marks such as <|im_end|>; broken UTF-8 and ids
+        without a token become U+FFFD."""
+        ids = [int(i) for i in ids if marks or int(i) not in self.marks]
+        parts = [self.bytes.get(i, b"\xff") for i in ids]
         return b"".join(parts).decode("utf-8", errors="replace")
 
     def chat(self, messages: list[dict], answering=True) -> str:
@@ -1384,7 +1396,8 @@ def parse_tokenizer_json(path) -> dict:
     for p in post.get("processors", [post]):
         if p.get("type") == "TemplateProcessing" and "SpecialToken" in p["single"][0]:
             bos_token = p["single"][0]["SpecialToken"]["id"]
-    return dict(vocab=vocab, merges=[raw(m) for m in merges], special=special,
+    words = {t["content"] for t in added if not t.get("special")}
+    return dict(vocab=vocab, merges=[raw(m) for m in merges], special=special, words=words,
                 split=split_pattern(spec.get("pre_tokenizer") or {}),
                 add_bos=bos_token is not None, bos_token=bos_token)
 
@@ -1538,6 +1551,9 @@ def main():
     print(f"\n\nprompt: {len(tokens)} tokens at {reading:.1f} tokens/s; answer: {len(answer)} at "
           f"{writing:.1f} tokens/s\nKV cache ({policy.policy}): {cache.nbytes() / 1e6:.2f} MB, "
           f"everything would be {full / 1e6:.2f} MB")
+    said = evict.advice(policy.policy, float(cache.footprint()))
+    if said:
+        print(said, file=sys.stderr)
 
 
 if __name__ == "__main__":

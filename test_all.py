@@ -630,6 +630,24 @@ def test_llama3_rope_scaling_follows_the_published_code():
         assert abs(got - want) <= 2e-6 * want
 
 
+def test_rope_given_twice_is_read_as_the_hub_reads_it():
+    """Frequencies 1, 32 and 63 of heads of 128 as transformers 5.2 computes them."""
+    hf = HF | {"head_dim": 128, "max_position_embeddings": 131072, "rope_theta": 5e5}
+    length = "original_max_position_embeddings"
+    llama3 = {name: value for name, value in SCALING.items() if name != length}
+    plain, linear = {"rope_type": "default", "rope_theta": 5e5}, {"type": "linear", "factor": 4.0}
+    for change, want in (
+            ({"rope_parameters": plain, "rope_scaling": llama3 | {length: 8192}},
+             [0.8146172165870667, 0.0005248460220173001, 3.068925877869333e-07]),
+            ({"rope_parameters": plain, "rope_scaling": linear, "rope_theta": None},
+             [0.21649108827114105, 0.0024999999441206455, 2.8869548259535804e-05]),
+            ({"rope_scaling": llama3}, [0.8146172165870667, 0.001414213445968926, 3.068925877869333e-07]),
+            ({"rope_scaling": llama3 | {length: 4096}, length: 8192},
+             [0.8146172165870667, 0.0005248460220173001, 3.068925877869333e-07])):
+        got = rope_frequencies(LlamaConfig.from_hf(hf | change))[[1, 32, 63]]
+        assert torch.allclose(got, torch.tensor(want), rtol=1e-6), change
+
+
 def test_linear_rope_scaling_divides_every_frequency():
     linear = small(rope_scaling={"rope_type": "linear", "factor": 4.0}).config
     assert torch.equal(rope_frequencies(linear) * 4, rope_frequencies(small().config))
@@ -814,7 +832,7 @@ def test_every_policy_equals_the_masked_model(chunk):
             if policy == "streaming":
                 shift = streaming_shift(cache, chunk or 40)
             want = slow_llama(model, text, mask, shift)[39:]
-            close(logits[b], want, 1e-6)
+            close(logits[b], want, 3e-6)
             area = Fraction(int(mask.sum()), 6 * 50 * 51 // 2)
             assert cache.footprint(b) == area, (policy, settings)
             assert int(cache.seen[b]) == 50 and sum(t for t, _ in cache.log(b)) == 50
@@ -881,6 +899,10 @@ def test_sampling():
     model, prompts = small(), [random_tokens(9), random_tokens(9, 1)]
     both = generate(model, prompts, 8, temperature=1.0, seed=5)
     assert both[1] == generate(model, prompts[1], 8, temperature=1.0, seed=6)
+    model.head.data[7] = math.nan  # a diverged run: one line, not the place of the NaN
+    for temperature in (0, 1.0):
+        with pytest.raises(ValueError, match="not finite"):
+            generate(model, prompts, 8, temperature=temperature)
 
 
 def test_tokens_outside_the_vocabulary():
@@ -946,7 +968,7 @@ def test_a_smaller_save_leaves_nothing_of_a_larger_one(tmp_path):
     save_model(small(), tmp_path, max_shard_bytes=4000)
     save_model(small(), tmp_path)
     assert not (tmp_path / "model.safetensors.index.json").exists()
-    assert model_file.weight_files(tmp_path) == [str(tmp_path / "model.safetensors")]
+    assert list(model_file.weight_files(tmp_path)) == [str(tmp_path / "model.safetensors")]
 
 
 def test_loading_names_what_is_wrong(tmp_path):
@@ -980,7 +1002,18 @@ def test_loading_names_what_is_wrong(tmp_path):
         load_model(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text('{"weight_map": {"a": "../../secret.safetensors"}}')
-    assert model_file.weight_files(tmp_path) == [str(tmp_path / "secret.safetensors")]
+    assert model_file.weight_files(tmp_path) == {str(tmp_path / "secret.safetensors"): ["a"]}
+
+
+def test_the_index_says_which_shard_has_a_tensor(tmp_path):
+    """A stale copy in another shard, or a tensor that no one asks for, changes nothing."""
+    model = small()
+    files = save_model(model, tmp_path, max_shard_bytes=4000)[1:]
+    first, last = (dict(load_file(file)) for file in (files[0], files[-1]))
+    stale = {name: x + 1 for name, x in first.items()} | {"extra": torch.ones(3)}
+    save_file(last | stale, files[-1])
+    for (name, a), b in zip(model.named_parameters(), load_model(tmp_path, dtype=None).parameters()):
+        assert torch.equal(a, b), name
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
@@ -1564,7 +1597,7 @@ def test_epochs_are_shuffled_and_sources_keep_their_share():
         assert all(sorted(epoch) == list(range(n)) for epoch in epochs) and epochs[0] != epochs[1]
 
 
-def test_reading_text(tmp_path):
+def test_reading_text(tmp_path, capsys):
     for name, data in {"test/x.txt": b"two", ".hidden/x.txt": b"three", "c.bin": b"\xff\xfe\0",
                        "a.jsonl": b'{"text": "one", "url": "u"}\n{"text": "more"}\n'}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -1587,6 +1620,21 @@ def test_reading_text(tmp_path):
             train.Rows(spec)
     with pytest.raises(OSError, match="nowhere"):
         own("a=1:nowhere")
+    bad.write_bytes(b'\xef\xbb\xbf{"text": "x\xe2\x80\xa8y"}\r\n\n  \n{"text": "z"}\n\n')
+    assert read(bad) == ["x\u2028y", "z"]  # BOM, CRLF, blank lines, a line separator within text
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfhello")
+    assert read(tmp_path / "bom.txt") == ["hello"]
+    bad.write_bytes(b'{"text": "x"}\n{"text": "caf\xe9"}\n')
+    for path, words in ((bad, "bad.jsonl, line 2"), (tmp_path / "c.bin", "c.bin: not UTF-8")):
+        with pytest.raises(ValueError, match=words):
+            own(path)
+    assert read(tmp_path) == ["one", "more", "x", "hello", "two"]  # what can be read, and a line of it
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "2 files passed over" in told and "bad.jsonl, line 2" in told
+    (tmp_path / "spaces.txt").write_text("a" + " " * 10 ** 6)
+    made_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="spaces.txt: .*egex"):
+        train.own_data(filled(data="x"), load_tokenizer(tmp_path), train.Rows(str(tmp_path / "spaces.txt")))
     (tmp_path / "mds").mkdir()
     (tmp_path / "mds" / "index.json").write_text("{}")
     with pytest.raises(ValueError, match="MDS"):
@@ -2215,6 +2263,18 @@ def test_chunked_budgets_at_the_edges():
     cache = evict.make_cache(model, "snapkv", keep=0.29, obs_window=2)
     generate(model, random_tokens(100), 1, cache)
     assert held(cache) == [[29] * 2]
+    for policy, share, chunk in itertools.product(("snapkv", "pyramidkv", "knorm", "random"), (0.04, 0.25),
+                                                  (2, 16, None)):
+        cache = evict.make_cache(model, policy, keep=share, chunk=chunk, obs_window=1)
+        generate(model, tokens, 1, cache)
+        chunks = [min(chunk or 33, 33 - i) for i in range(0, 33, chunk or 33)]
+        assert held(cache) == [[sum(max(1, int(share * n)) for n in chunks)] * 2]
+        assert cache.positions(0, 1)[-1] == 32, policy  # the prompt's last token, whatever its score
+    for policy in ("h2o", "tova", "random", "locret"):
+        scorer = dict(scorer=evict.LocretScorer(model.config, 8).double()) if policy == "locret" else {}
+        cache = evict.make_cache(model, policy, budget=1, **scorer)
+        generate(model, tokens, 1, cache)
+        assert cache.positions(0, 1).tolist() == [32]
     cache = evict.make_cache(model, "snapkv", budget=5, obs_window=9)
     generate(model, tokens, 1, cache)
     assert cache.positions(0, 0).tolist() == list(range(28, 33))  # less than the window: the last
@@ -2382,7 +2442,7 @@ def test_a_rule_from_elsewhere(tmp_path, monkeypatch, capsys):
     save_model(model, "m"), save_model(Llama(eval_tasks.TINY).init_weights(0), "out/tiny-seed0")
     cache = evict.make_cache(model, "third", budget=4, chunk=12)
     generate(model, random_tokens(24), 1, cache)
-    assert cache.positions(2, 1).tolist() == [0, 3, 6, 9, 12, 15, 18, 21]
+    assert cache.positions(2, 1).tolist() == [0, 3, 6, 9, 12, 15, 18, 23]  # the last one stays
     for name, argv in (
             ("model", "--model m --prompt abc --policy third --budget 2 --max_new_tokens 2"),
             ("eval_tasks", "--model m --tasks niah_s --lengths 700 --examples 1 --policy third "
@@ -2391,6 +2451,22 @@ def test_a_rule_from_elsewhere(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [name, *argv.split()])
         sys.modules["test_all"].__dict__.get(name, model_file).main()
         assert "third" in capsys.readouterr().out
+
+
+def test_a_policy_that_spares_nothing_says_so(tmp_path, monkeypatch, capsys):
+    """Scores read without a sparsity, a window longer than the prompt, no chunk; not a real budget."""
+    model = small(vocab_size=258, eos_ids=(257,)).float()
+    save_model(model, tmp_path / "m")
+    prulong.save_heads(tmp_path / "scores.tsv", torch.rand(3, 2) / 3 + 0.6)
+    for flags, said in (
+            (f"--heads {tmp_path / 'scores.tsv'} --sink 1 --window 4", True), ("--policy full", False),
+            ("--policy streaming --sink 1 --window 99", True), ("--policy snapkv --keep 0.25", True),
+            ("--policy streaming --sink 1 --window 4 --chunk 8", False),
+            ("--policy snapkv --keep 0.25 --chunk 8 --obs_window 2", False)):
+        monkeypatch.setattr(sys, "argv", ["model.py", "--model", str(tmp_path / "m"), "--prompt", "abc" * 20,
+                                          "--max_new_tokens", "2", "--chat", "none", *flags.split()])
+        model_file.main()
+        assert ("spared next to nothing" in capsys.readouterr().err) == said, flags
 
 
 def test_eviction_refuses_what_means_nothing():
@@ -2983,7 +3059,8 @@ def test_helmet_rows_are_read_as_released(tmp_path):
     shown = re.match(r"<Do\.\|(.)\|(.*?)\|a>###<Do\.\|(.)\|", example.user, re.DOTALL)
     assert {shown[1], shown[3]} == {"x", "y"} and "text 4" in shown[2] and "text 5" not in shown[2]
     chat = model_file.Tokenizer({bytes([b]): b for b in range(256)}, [], r"(?s:.{1,32})",
-                                {"<|im_start|>": 256, "<|im_end|>": 257})
+                                {"<|im_start|>": 256, "<|im_end|>": 257},
+                                template=model_file.CHAT_FORMATS["chatml"])
     draft = eval_tasks.Draft("a", "b", "c\n", "Answer:", {"answer": "d"})
     for as_chat, end in ((True, "c"), (False, "c\n")):
         assert eval_tasks.to_example("qa", draft, chat, as_chat, 9).user == "ab" + end
@@ -3130,7 +3207,7 @@ def test_listwise_reranking_and_metrics():
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="wants g++")
-def test_generated_code_runs_within_limits(tmp_path):
+def test_generated_code_runs_within_limits(tmp_path, monkeypatch):
     """Endless loops, floods of output and memory hogs score 0 in time, and no network is there."""
     run_it = lambda body: eval_tasks.score_code(
         f"```cpp\n{body}\n```", {"item": {"testcases": [[["1 2"], ["3"]]]}}
@@ -3147,6 +3224,12 @@ def test_generated_code_runs_within_limits(tmp_path):
     ):
         assert run_it(body) == 0, body
     assert time.perf_counter() - start < 60
+    (tmp_path / "g++").write_text("#!/bin/sh\nexit 1\n")  # a compiler that cannot fork, say
+    (tmp_path / "g++").chmod(0o755)
+    with monkeypatch.context() as broken:
+        broken.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        with pytest.raises(ValueError, match="within the limits"):
+            run_it("int main() {}")
     if eval_tasks.has_namespaces():
         nets = eval_tasks.run_limited(
             [sys.executable, "-I", "-c", "import socket; print(socket.if_nameindex())"],
@@ -4035,6 +4118,7 @@ def test_hosts_and_metadata():
     for url, want in (
             (wiki, "en.wikipedia.org"), ("www.theguardian.com/x?y", "www.theguardian.com"),
             ("http://User:pw@Example.COM:8080/a@b", "example.com"), (" http://a.b#c ", "a.b"),
+            ("http://[2001:db8::1]:8080/x", "[2001:db8::1]"), ("a.b:", "a.b"),
             ("example.org?q=http://x.y", "example.org")):
         assert meco.host(url) == want
     row = {"url": wiki, "topic": "Technology leader"}

@@ -174,16 +174,22 @@ def read_path(path):
     elif path.endswith(".jsonl"):
         yield from read_lines(path)
     else:
-        with open(path, encoding="utf-8") as f:
-            yield {"text": f.read(), "where": path}
+        with open(path, encoding="utf-8-sig") as f:
+            try:
+                text = f.read()
+            except UnicodeDecodeError as e:
+                raise ValueError(f"{path}: not UTF-8 text ({e.reason})") from None
+        yield {"text": text, "where": path}
 
 
 def read_lines(path):
     """The objects of a .jsonl file, each with "where" it stands for error messages."""
-    with open(path, encoding="utf-8-sig") as f:
+    with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except ValueError as e:
                 raise ValueError(f"{path}, line {number}: {e}") from None
             if not isinstance(row, dict):
@@ -192,17 +198,17 @@ def read_lines(path):
 
 
 def read_folder(path, ending="", skip=()):
-    """The files of a folder in sorted order; what is not UTF-8 text is counted and passed over."""
-    passed_over = 0
+    """The files of a folder in sorted order. What cannot be read is passed over and counted."""
+    wrong = []
     for folder, folders, files in os.walk(path):
         folders[:] = sorted(f for f in folders if f not in skip and not f.startswith((".", "__")))
         for file in sorted(f for f in files if f.endswith(ending)):
             try:
                 yield from read_path(os.path.join(folder, file))
-            except UnicodeDecodeError:
-                passed_over += 1
-    if passed_over:
-        print(f"{path}: {passed_over} files are not UTF-8 text, passed over", file=sys.stderr)
+            except ValueError as e:
+                wrong.append(e)
+    if wrong:
+        print(f"{path}: {len(wrong)} files passed over, or their rest; {wrong[0]}", file=sys.stderr)
 
 
 def own_data(args, tokenizer, rows):
@@ -357,7 +363,7 @@ class ChatData:
             for messages, answer in tqdm(self.exams, "answers", disable=None, leave=False):
                 prompt = self.tokenizer.encode(chat(messages))
                 ids = generate(model, prompt, 3 * longest // 2, stop_ids=self.tokenizer.eos_ids)
-                right += final_answer(self.tokenizer.decode(ids)) == answer
+                right += final_answer(self.tokenizer.decode(ids, marks=False)) == answer
         return right / len(self.exams)
 
 
@@ -624,6 +630,9 @@ def build_model(method_class, args, config):
     elif model is None:
         model = tiny_start(args.seed) if args.from_scratch else tiny_model(args.seed)
     if args.rope_base:
+        if model.config.rope_scaling:
+            print(f"--rope_base {args.rope_base:g} and the model's own RoPE scaling "
+                  f"({model.config.rope_scaling['rope_type']}) both apply", file=sys.stderr)
         longest = max(model.config.max_seq_len, args.seq_len)
         changed = replace(model.config, rope_base=args.rope_base, max_seq_len=longest)
         model.config = model.model.config = changed
