@@ -15,6 +15,7 @@ The sweep writes one JSON line per point into --out_dir; --resume does not run t
 import contextlib
 import functools
 import html
+import inspect
 import itertools
 import json
 import os
@@ -25,6 +26,7 @@ from fractions import Fraction
 import torch
 from tqdm import tqdm
 
+import prulong
 import train
 from eval_tasks import (answer, build, by, code_fingerprint, open_results, score, tiny_model,
                         tokenizer_for)
@@ -157,7 +159,9 @@ class Config:
 def learn(config, method, name, *flags):
     """A file that a method of train.py learns on the tiny model; kept for the next sweep."""
     words = [word.strip("-") for word in flags]
-    out = os.path.join(config.out_dir, "-".join([method, *words, f"seed{config.seed}"]))
+    code = code_fingerprint(train.__file__, prulong.__file__)[:8]  # other code learns anew
+    name_of_run = "-".join([method, *words, f"seed{config.seed}", code])
+    out = os.path.join(config.out_dir, name_of_run)
     path = os.path.join(out, name)
     if not os.path.exists(path):
         argv = ["--method", method, *flags, "--seed", str(config.seed), "--out_dir", out]
@@ -294,9 +298,10 @@ def main():
     else:
         model = load_model(folder, config.device, DTYPES[config.dtype])
         tokenizer = tokenizer_for(tasks, model, folder)
-    about = {"weights": fingerprint(folder), "code": code_fingerprint(), "n": config.examples,
-             "seed": config.seed, "chunk": config.chunk, "dtype": config.dtype,
-             "device": config.device}
+    rules = sorted({inspect.getsourcefile(rule) for rule in RULES.values()})
+    about = {"weights": fingerprint(folder), "code": code_fingerprint(*rules),
+             "n": config.examples, "seed": config.seed, "chunk": config.chunk,
+             "dtype": config.dtype, "device": config.device}
     sweeps = {length: list(points(config, model, length)) for length in lengths}
     jobs = [(task, length, *point) for task in tasks for length in lengths
             for point in sweeps[length]]

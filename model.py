@@ -1084,8 +1084,12 @@ def save_model(model, path, max_shard_bytes=5_000_000_000) -> list:
 
 
 def fingerprint(path) -> str:
-    """Of a model folder's weights: headers and 16 megabytes spread over each file."""
+    """Of a model folder: its config and tokenizer, of weights the headers and 16 megabytes spread
+    over each file."""
     digest = hashlib.sha256()
+    for name in ("config.json", *TOKENIZER_FILES):
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(path, name), "rb") as f:
+            digest.update(f.read())
     for file in weight_files(path):
         with open(file, "rb") as f:
             head = int.from_bytes(f.read(8), "little")

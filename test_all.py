@@ -3285,6 +3285,11 @@ def test_evaluation_resumes_and_names_what_is_wrong(tmp_path, monkeypatch, capsy
     snapkv = ["--policy", "snapkv", "--budget", "64", "--resume"]
     assert "0 of 6 results reused" in go(*EVAL, *snapkv).out
     assert all(r["footprint"] < 1 for r in rows_of()[12:])
+    config = open("model/config.json").read()
+    open("model/config.json", "w").write(config.replace('"rope_theta": ', '"rope_theta": 1'))
+    assert "0 of 6 results reused" in go(*EVAL, "--resume").out
+    open("model/config.json", "w").write(config)
+    assert "6 of 6 results reused" in go(*EVAL, "--resume").out
     save_model(small(seed=1, vocab_size=258, eos_ids=(257,)), "model")
     assert "0 of 6 results reused" in go(*EVAL, "--resume").out
     examples_of = eval_tasks.examples_of
