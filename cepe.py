@@ -313,7 +313,8 @@ class Expand(Method):
         enc_width: int | None = flag(None, "its width (default: 256; official: 1024)", least=8)
         enc_init: str = flag("fresh", "fresh, or the decoder's first layers at its width",
                              choices=("fresh", "decoder"))
-        init: str | None = flag(None, "of the cross-attention's output: copy (default), zero",
+        init: str | None = flag(None, "of the cross-attention's output: zero (default: the decoder "
+                                      "begins as it was), copy (of self-attention's, as released)",
                                 choices=("copy", "zero"))
         last_n: int | None = flag(None, "layers with cross-attention, from the top (default: all)",
                                   least=1)
@@ -332,8 +333,8 @@ class Expand(Method):
         if args.model is None and args.data in (None, "entities"):
             return Entities.defaults
         half = (args.seq_len or 1024) // 2
-        return dict(context=half, chunk_size=256, enc_layers=6, enc_width=256, init="copy", mlm=0.2,
-                    duplicate=0.2, lr=3e-4, weight_decay=0.0, warmup=0.04)
+        return dict(context=half, chunk_size=256, enc_layers=6, enc_width=256, init="zero", mlm=0.2,
+                    duplicate=0.2, lr=3e-4, weight_decay=0.0, warmup=0.04, min_lr=0.0)
 
     @classmethod
     def load(cls, args, config):

@@ -324,6 +324,10 @@ class VLoRP(Method):
         scheme: str = flag("projfactor", "what of the moments is projected", choices=SCHEMES)
         at_refresh: str = flag("keep", "the first moment at a new draw", choices=AT_REFRESH)
 
+    @classmethod
+    def defaults(cls, args, config):
+        return dict(weight_decay=0.0, warmup=0.0)
+
     def param_groups(self, model, args):
         inside = [p for p in model.model.layers.parameters() if p.dim() == 2]
         known = {id(p) for p in inside}
