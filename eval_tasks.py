@@ -350,7 +350,7 @@ def remove_citations(text):
 
 def alce_text(text):
     """An answer in one line, without citations."""
-    return remove_citations(re.sub("\n+", " ", text.replace("<|im_end|>", "")).strip())
+    return remove_citations(re.sub("\n+", " ", text).replace("<|im_end|>", ""))
 
 
 def score_asqa(text, example):
@@ -456,18 +456,19 @@ def score_path(text, example):
     return procedure_scores(route == gold, n / len(golds), 1)
 
 
-BELIEF_FILLERS = (
-    "a an the on in at step think thinks believe believes is are of location know knows "
-    "belief").split()
+BELIEF_FILLERS = re.compile(r"\b(an?|the|on|in|at|step|thinks?|believes?|is|are|of|location|knows?|"
+                            r"belief)\b")
 
 
 def belief_lines(text):
-    """The words, without fillers, of each line that begins with a dash."""
+    """The words, without fillers, of each line that begins with a dash; only the first such line
+    may be indented."""
+    dashed = [line for line in text.splitlines() if line.strip().startswith("-")]
     lines = []
-    for line in text[text.find("-"):].splitlines():
+    for line in "\n".join(dashed).strip().split("\n"):
         if line.startswith("-"):
-            words = line.lower().replace("\u2019", "").translate(NO_PUNCTUATION).split()
-            lines.append([w for w in words if w not in BELIEF_FILLERS])
+            plain = line.lower().replace("\u2019", "").translate(NO_PUNCTUATION)
+            lines.append(BELIEF_FILLERS.sub(" ", plain).split())
     return list(filter(None, lines))
 
 

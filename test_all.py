@@ -3014,8 +3014,14 @@ def test_travel_problems_have_one_plan():
 
 def test_longproc_answers_are_read_as_released():
     """What stands before the first dash or tag, after a finished plan or in another alphabet."""
-    lines = eval_tasks.belief_lines("so: - first\n-\nthen\n- second")
-    assert lines == [["first"], ["second"]]
+    lines = eval_tasks.belief_lines("belief on the band-aid:\n  - first\n-\nthen\n- the second\n - no")
+    assert lines == [["first"], ["second"]]  # a dash within a line begins none
+    gold = "Al's belief on the band-aid:\n- Step 0: None\n- Step 1: hall\n- Step 2: loft\nFinal Answer: loft"
+    wrong = gold.replace("Step 1: hall", "Step 1: yard")
+    for text, accuracy, credit in ((gold, 1, 1), (wrong, 0, 1 / 3)):  # as released
+        got = eval_tasks.score_beliefs(text, {"reference_output": gold})
+        assert (got["accuracy"], got["partial_accuracy"]) == (accuracy, credit)
+    assert eval_tasks.score_asqa(" | a\n\nb [1].", {})["length"] == 2
     assert eval_tasks.EQUATION.fullmatch("1_0 + 2 = 1_2")
     assert not eval_tasks.EQUATION.fullmatch("\u0661 + 2 = 3")
     assert eval_tasks.search_lines("# Search Procedure\na\n\nb") == ["a", "", "b"]
