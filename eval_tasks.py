@@ -1695,10 +1695,10 @@ def digest(text):
     return int(hashlib.sha256(str(text).encode()).hexdigest(), 16) % 2 ** 31
 
 
-def pick_questions(rows, key, n):
+def pick_questions(rows, key, n, seed):
     """All rows of n questions, drawn as HELMET draws them."""
     values = sorted({row[key] for row in rows})
-    keep = random.Random(42).sample(values, min(n, len(values)))
+    keep = random.Random(seed).sample(values, min(n, len(values)))
     return [row for row in rows if row[key] in keep]
 
 
@@ -1722,7 +1722,7 @@ def read_kilt(rows, folder, n, seed, size, demo_file):
     key = "id" if "id" in rows[0] else "question"
     instruction = ("Answer the question briefly with the help of the given documents, in this "
                    "format:\nAnswer: [answer]")
-    for row in pick_questions(rows, key, n):
+    for row in pick_questions(rows, key, n, seed):
         candidates = demo_rows
         if popqa:  # its worked examples come from the test rows
             candidates = [r for r in demo_rows if r[key] != row[key]]
@@ -1787,7 +1787,7 @@ def read_ruler(rows, folder, n, seed, size, kind):
 
 
 def read_rerank(rows, folder, n, seed, size, demo_file):
-    rows, demo_rows = pick_questions(rows, "qid", n), read_rows(folder, demo_file)
+    rows, demo_rows = pick_questions(rows, "qid", n, seed), read_rows(folder, demo_file)
     k_values = [k for k in K_VALUES if k <= max(10, len(rows[0]["ctxs"]))]
     tested = {row["qid"] for row in rows}
     many = len(demo_rows) > 2 * len(rows)
