@@ -1121,6 +1121,9 @@ def test_tokenizer_json_equals_bpe_by_its_definition(tmp_path, digits):
         assert tokenizer.decode(want) == text
     assert tokenizer.encode("a<|im_end|>b")[1] == tokenizer.eos_ids[0] == ids["<|im_end|>"]
     assert tokenizer.bos_id == ids["<|im_start|>"] and not tokenizer.add_bos
+    mark = tokenizer.special["<|im_end|>"]  # scored text has no marks, but added words
+    tokenizer.marks = {mark}
+    assert tokenizer.decode([ids["a"], mark], marks=False) == "a"
     assert (
         tokenizer.chat([{"role": "user", "content": "hi"}])
         == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
@@ -1899,7 +1902,7 @@ def test_text_end_to_end(tmp_path, monkeypatch, capsys):
         train.main(short)
 
 
-def test_stages_are_two_runs(tmp_path, monkeypatch):
+def test_stages_are_two_runs(tmp_path, monkeypatch, capsys):
     """The second goes on with the first's weights and optimizer, at a new RoPE base and length."""
     monkeypatch.chdir(tmp_path)
     common = "--method lm --batch 2 --steps 4 --eval_seqs 2 --data facts".split()
@@ -1907,6 +1910,12 @@ def test_stages_are_two_runs(tmp_path, monkeypatch):
     train.main([*common, "--seq_len", "128", "--out_dir", "b", "--model", "a", "--optimizer", "a",
                 "--rope_base", "1e5", "--lr", "1e-3"])
     assert json.load(open("b/config.json"))["rope_theta"] == 1e5
+    assert "both apply" not in capsys.readouterr().err
+    config = json.load(open("a/config.json")) | {"rope_scaling": SCALING}
+    json.dump(config, open("a/config.json", "w"))
+    scaled = ["--model", "a", "--rope_base", "1e5"]
+    train.build_model(model_file.Method, *train.read_flags([*common, *scaled], train.METHODS))
+    assert "llama3) both apply" in capsys.readouterr().err
     steps = [load_file(f"{name}/checkpoint.safetensors")["optimizer.0.step"] for name in "ab"]
     assert steps == [4, 8]
     with pytest.raises(ValueError, match="reads"):
@@ -1931,7 +1940,7 @@ def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path, monkeypat
 
 BAD_FLAGS = [
     ("--method magic", "magic"), ("--stepz 3", "--stepz"), ("--step 3", "--step"),
-    ("--steps 0", "--steps"), ("--steps 1.5", "1.5"), ("--method prulong --window 0", "--window"),
+    ("--steps 0", "--steps"), ("--steps 1.5", "1.5"), ("--dtype float16", "float16"), ("--method prulong --window 0", "--window"),
     ("--method prulong --target_sparsity 1.5", "--target_sparsity"), ("--window 8", "--window"),
     ("--method prulong --target_sparsity nan", "--target_sparsity"), ("--model nowhere", "nowhere"),
     ("--method prulong --window 500", "must be below --seq_len 128"), ("--data nowhere", "nowhere"),
@@ -3150,6 +3159,25 @@ def test_official_files_are_read_as_released(tmp_path):
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=words):
             eval_tasks.load(name, str(tmp_path))
+
+
+def test_rows_that_a_benchmark_ships_are_read(tmp_path):
+    """A control character in code, an empty alias among others; HELMET's seed draws the questions."""
+    folder = tmp_path / "pseudo_to_code"
+    folder.mkdir()
+    (folder / "prompts.yaml").write_text("USER_PROMPT: |-\n  {pseudocode}\n")
+    row = {"pseudocode_lines": ["print \x7f"], "code_lines": ["a"], "problem_id": "1",
+           "testcases": [[["1"], ["2"]]]}
+    (folder / "pseudo_to_code_2k.json").write_text(json.dumps([row]))
+    assert eval_tasks.load("longproc:pseudo_to_code_2k", str(tmp_path))[0].user == "print \x7f"
+    (tmp_path / "kilt").mkdir()
+    rows = [{"id": f"q{i}", "question": f"Who {i}?", "answers": ["", "Al"], "ctxs": []} for i in range(9)]
+    for name in ("dev-multikilt_1000_k50", "train-multikilt_1000_k3"):
+        lines = "\n".join(map(json.dumps, rows))
+        (tmp_path / f"kilt/nq-{name}_dep6.jsonl").write_text(lines)
+    load = functools.partial(eval_tasks.load, "kilt_nq", str(tmp_path), 2)
+    assert [load(seed=7)[i].user.split()[-1] for i in (0, 1)] == ["2?", "5?"]  # as released
+    assert eval_tasks.score("kilt_nq", "x", load()[0])["substring_exact_match"] == 1  # "" is in all
 
 
 def test_balanced_shots():
