@@ -49,8 +49,9 @@ from tqdm import tqdm
 import meco
 from evict import RULES, Flags, advice
 from model import (CHAT_CHOICES, DTYPES, Batch, Llama, LlamaConfig, append_line, barrier,
-                   byte_tokenizer, causal, collate, cross_entropy, fingerprint, flag, generate, join,
-                   load_model, load_tokenizer, parse, rank, run, save_model, world_size)
+                   beyond_training, byte_tokenizer, causal, collate, cross_entropy, fingerprint,
+                   flag, generate, join, load_model, load_tokenizer, parse, rank, run, save_model,
+                   world_size)
 
 # --- text metrics --------------------------------------------------------------------------------
 
@@ -2498,8 +2499,8 @@ class Config:
     batch: int = flag(1, "prompts that decode together", least=1)
     seed: int = flag(0, "of the built examples, and of the tiny model", least=0)
     data: str | None = flag(None, "folder with the benchmark's own files")
-    chat: str | None = flag(None, "the prompts' format (default: the folder's own, where it has one "
-                                  "and the benchmark uses it; not for built tasks)",
+    chat: str | None = flag(None, "the prompts' format (default: the folder's own, where it has "
+                                  "one and the benchmark uses it; not for built tasks)",
                             choices=CHAT_CHOICES, bare="own")
     prefix_host: str | None = flag(None, "host before every prompt, for models trained with MeCo")
     max_new_tokens: int | None = flag(None, "longest answer (default: the task's)", least=1)
@@ -2609,6 +2610,8 @@ def evaluate(config, policy, model, tokenizer, done):
             keys += run_search(config, name, model, tokenizer, done, about)
             continue
         examples = examples_of(config, name, length, tokenizer)
+        longest = max(len(example.prompt) for example in examples)
+        print(beyond_training(model.config, longest), end="", file=sys.stderr)
         hashes = [hashlib.sha256(repr((e.prompt, e.gold, e.answer)).encode()) for e in examples]
         own = [json.dumps({"task": name, "length": length, "i": i, "sha": sha.hexdigest()[:16],
                            **about}) for i, sha in enumerate(hashes)]
@@ -2640,7 +2643,7 @@ def jobs(config) -> list:
         fixed = name.startswith(("longproc:", "litsearch:"))
         lengths = ["0"] if fixed else config.lengths.split(",")
         out += [(name, int(length)) for length in lengths]
-    return out
+    return list(dict.fromkeys(out))  # what is asked for twice is counted once
 
 
 def chosen_chat(config):

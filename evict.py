@@ -402,9 +402,9 @@ def advice(policy, footprint) -> str:
     """A line for a run under a policy that spared next to nothing, else ''."""
     if policy == "full" or footprint < 0.9:
         return ""
-    return (f"policy {policy} spared next to nothing (footprint {footprint:.3f}): prompts within its "
-            "budget or window, scores of heads without --sparsity, or prompts read whole, without "
-            "--chunk")
+    return (f"policy {policy} spared next to nothing (footprint {footprint:.3f}): prompts within "
+            "its budget or window, scores of heads without --sparsity, or prompts read whole, "
+            "without --chunk")
 
 
 # --- Locret: a trained scorer --------------------------------------------------------------------

@@ -185,7 +185,7 @@ def points(config, model, length):
     yield "full", dict(policy="full")
     shares = [float(x) for x in config.shares.split(",")]
     curves = config.curves or ",".join([*RULES, "snapkv+patch", "pyramidkv+patch"])
-    for curve in curves.split(","):
+    for curve in dict.fromkeys(curves.split(",")):
         policy, _, patch = curve.partition("+")
         rule, settings = RULES[policy], dict(policy=policy)
         if "obs_window" in rule.takes:
@@ -290,7 +290,8 @@ def main():
     join(config.device)
     path = os.path.join(config.out_dir, "results.jsonl")
     done = open_results(path, config)
-    tasks, lengths = config.tasks.split(","), [int(n) for n in config.lengths.split(",")]
+    tasks = list(dict.fromkeys(config.tasks.split(",")))
+    lengths = list(dict.fromkeys(int(n) for n in config.lengths.split(",")))
     folder, tokenizer = config.model, None
     if folder is None:
         folder = os.path.join("out", f"tiny-seed{config.seed}")

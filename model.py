@@ -902,7 +902,7 @@ def generate(model, tokens, max_new_tokens, cache=None, chunk=None, temperature=
     from generators of their own, by seed + row. until(row, ids) true ends a row early.
     Raises ValueError: no tokens, a token outside the vocabulary, another number of rows, logits
     that are not finite."""
-    several = not torch.is_tensor(tokens) and hasattr(tokens[0], "__len__")
+    several = not torch.is_tensor(tokens) and hasattr(next(iter(tokens), None), "__len__")
     answers = [] if several else [[]]
     for answers in stream(model, tokens if several else [tokens], max_new_tokens, cache, chunk,
                           temperature, top_p, stop_ids, seed, until):
@@ -946,6 +946,13 @@ def stream(model, prompts, max_new_tokens, cache=None, chunk=None, temperature=0
         yield answers
         if not live.any():
             return
+
+
+def beyond_training(config, n) -> str:
+    """A line for a prompt of n tokens that is longer than any the model was trained on, else ''."""
+    if n <= config.max_seq_len:
+        return ""
+    return f"the prompt has {n} tokens; the model was made for {config.max_seq_len}\n"
 
 
 def check_tokens(tokens, vocab_size):
@@ -1026,8 +1033,8 @@ def assign(model, tensors, path):
 
 
 def weight_files(path) -> dict:
-    """The safetensors files of a model folder, and the tensors that its index wants of each; without
-    an index None, which is all."""
+    """The safetensors files of a model folder, and the tensors that its index wants of each: None,
+    which is all, where there is no index."""
     single = os.path.join(path, "model.safetensors")
     index = single + ".index.json"
     if os.path.exists(single) or not os.path.exists(index):
@@ -1492,6 +1499,7 @@ def argument(f, kind) -> dict:
 def run(main):
     """Run a script's main(); what the user can mend ends in one line on stderr and exit 2."""
     script = os.path.basename(sys.argv[0])
+    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can write every letter
     try:
         main()
     except (ValueError, OSError, SafetensorError) as e:
@@ -1538,6 +1546,7 @@ def main():
     if tokenizer.template or config.chat not in (None, "none"):
         message = {"role": "user", "content": config.prompt}
         tokens = tokenizer.encode(tokenizer.chat([message]))
+    print(beyond_training(model.config, len(tokens)), end="", file=sys.stderr)
     cache = policy.cache(model, config.seed)
     shown, times = "", [time.perf_counter()]
     for (answer,) in stream(model, [tokens], config.max_new_tokens, cache, None,

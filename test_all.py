@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -906,7 +907,7 @@ def test_sampling():
 
 
 def test_tokens_outside_the_vocabulary():
-    for bad, words in (([3, 61], "outside the vocabulary of 61"), ([-1, 3], "outside")):
+    for bad, words in (([3, 61], "outside the vocabulary of 61"), ([-1, 3], "outside"), ([], "no tokens")):
         with pytest.raises(ValueError, match=words):
             generate(small(), bad, 1)
     with pytest.raises(ValueError, match="no tokens"):
@@ -2462,6 +2463,17 @@ def test_a_rule_from_elsewhere(tmp_path, monkeypatch, capsys):
         assert "third" in capsys.readouterr().out
 
 
+def test_a_prompt_beyond_the_training_length_and_a_poor_terminal(monkeypatch):
+    config = small(max_seq_len=8).config
+    assert model_file.beyond_training(config, 8) == ""
+    assert "9 tokens; the model was made for 8" in model_file.beyond_training(config, 9)
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    model_file.run(lambda: print("caf\u00e9"))
+    terminal.flush()
+    assert terminal.buffer.getvalue() == b"caf\\xe9\n"
+
+
 def test_a_policy_that_spares_nothing_says_so(tmp_path, monkeypatch, capsys):
     """Scores read without a sparsity, a window longer than the prompt, no chunk; not a real budget."""
     model = small(vocab_size=258, eos_ids=(257,)).float()
@@ -3378,7 +3390,7 @@ def test_chat_and_length_are_as_asked(tmp_path, monkeypatch):
     plain, = eval_tasks.examples_of(config(prefix_host="a.org"), "niah_s", 800, tokenizer)
     assert tokenizer.decode(plain.prompt).startswith("URL: a.org\n\n")
     assert 0.98 * 800 <= len(plain.prompt) <= 800
-    lengths = eval_tasks.jobs(config(tasks="niah_s,longproc:x,litsearch:bm25", lengths="5,6"))
+    lengths = eval_tasks.jobs(config(tasks="niah_s,longproc:x,litsearch:bm25,niah_s", lengths="5,6,5"))
     assert lengths == [("niah_s", 5), ("niah_s", 6), ("longproc:x", 0), ("litsearch:bm25", 0)]
 
 

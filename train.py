@@ -37,9 +37,10 @@ import prulong
 import vlorp
 from eval_tasks import TINY, FactData, final_answer, tiny_model, tiny_start, word_problem
 from model import (CHAT_FORMATS, DTYPES, TOKENIZER_FILES, Llama, Method, Parser, all_reduce,
-                   append_line, barrier, byte_tokenizer, causal, collate, fingerprint, flag, generate,
-                   join, load_config, load_model, load_tokenizer, parse, peak_memory, permutation,
-                   rank, read_json, replacing, run, shuffled, world_size, write_tensors)
+                   append_line, barrier, byte_tokenizer, causal, collate, fingerprint, flag,
+                   generate, join, load_config, load_model, load_tokenizer, parse, peak_memory,
+                   permutation, rank, read_json, replacing, run, shuffled, world_size,
+                   write_tensors)
 
 METHODS = {
     "lm": Method, "sft": Method, "prulong": prulong.PruLong, "duo": prulong.Duo,
