@@ -5,8 +5,8 @@ Tests of a real Llama read its folder from LLAMA_DIR and are skipped without it;
 import ast
 import base64
 import collections
+import concurrent.futures
 import contextlib
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -57,6 +57,37 @@ from model import (KVCache, Llama, LlamaConfig, Method, Tokenizer, byte_tokenize
 
 torch.set_num_threads(1)  # some tests' processes run beside the others
 SLOW = "SLOW" in os.environ
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def python(*args, cwd=HERE, **env):
+    """Run Python in a process of its own."""
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=cwd,
+                          env=os.environ | env)
+
+
+def kernels_interpreted():
+    return python("-c", "import test_all as t; t.check_kernels('cpu'); t.check_interpreted()",
+                  TRITON_INTERPRET="1")
+
+
+def prulong_from_nothing():
+    with tempfile.TemporaryDirectory() as folder:
+        return python(os.path.join(HERE, "train.py"), "--method", "prulong", "--n_random", "4",
+                      cwd=folder, OMP_NUM_THREADS="1")
+
+
+LONG = {"test_kernels_interpreted": kernels_interpreted,
+        "test_prulong_beats_random_masks": prulong_from_nothing}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def beside(request):
+    """Two runs of most of a minute, one after the other, while the other tests run; the last two
+    tests of this file look at what came of them."""
+    asked = {item.originalname for item in request.session.items}
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        yield {name: pool.submit(run) for name, run in LONG.items() if name in asked}
 
 
 def close(a, b, tol):
@@ -279,20 +310,6 @@ needs_triton = pytest.mark.skipif(
     attention_triton.triton is None or attention_triton.interpreted(),
     reason="Triton is not here, or interprets where it is expected to compile")
 KERNELS = [attention_triton.forward_kernel, attention_triton.dq_kernel, attention_triton.dkv_kernel]
-
-
-def python(code, **env):
-    """Run code in a process of its own, beside this file."""
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | env,
-        cwd=os.path.dirname(os.path.abspath(__file__)))
-
-
-@needs_triton
-def test_kernels_interpreted():
-    code = f"import {__name__} as tests; tests.check_kernels('cpu'); tests.check_interpreted()"
-    done = python(code, TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -545,7 +562,7 @@ def test_kernels_where_none_can_run():
         assert torch.equal(attention(q, q, q, [0, 5], [0, 5]), q)
         attention(q, q, q, [0, 5], [0, 5], impl="triton")
     """
-    assert "ValueError: impl 'triton': Triton is not installed" in python(code).stderr
+    assert "ValueError: impl 'triton': Triton is not installed" in python("-c", code).stderr
 
 
 # --- model ---------------------------------------------------------------------------------------
@@ -1112,12 +1129,8 @@ def test_tokenizer_json_equals_bpe_by_its_definition(tmp_path, digits):
     for _ in range(300):
         text = "".join(random.choice(alphabet, int(random.integers(0, 30))))
         parts = re.split("([0-9])", text) if digits else [text]
-        want = [
-            ids[s]
-            for part in parts
-            for piece in pattern.findall(part)
-            for s in slow_merge([letters[b] for b in piece.encode()], merges)
-        ]
+        want = [ids[s] for part in parts for piece in pattern.findall(part)
+                for s in slow_merge([letters[b] for b in piece.encode()], merges)]
         assert tokenizer.encode(text) == want, repr(text)
         assert tokenizer.decode(want) == text
     assert tokenizer.encode("a<|im_end|>b")[1] == tokenizer.eos_ids[0] == ids["<|im_end|>"]
@@ -1125,10 +1138,8 @@ def test_tokenizer_json_equals_bpe_by_its_definition(tmp_path, digits):
     mark = tokenizer.special["<|im_end|>"]  # scored text has no marks, but added words
     tokenizer.marks = {mark}
     assert tokenizer.decode([ids["a"], mark], marks=False) == "a"
-    assert (
-        tokenizer.chat([{"role": "user", "content": "hi"}])
-        == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert (tokenizer.chat([{"role": "user", "content": "hi"}])
+            == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.decode([99999]) == "\ufffd"
 
 
@@ -1139,14 +1150,11 @@ def test_llama3_tokenizer_model(tmp_path):
     )
     assert load_tokenizer(tmp_path).template is None
     tokenizer = load_tokenizer(tmp_path, "llama3")
-    assert (
-        tokenizer.encode("hello w1234") == [259, 260, *b"1234"]
-        and tokenizer.decode([259, 260]) == "hello w"
-    )
+    assert (tokenizer.encode("hello w1234") == [259, 260, *b"1234"] and tokenizer.decode([259, 260])
+            == "hello w")
     assert len(tokenizer.special) == 256 and tokenizer.special["<|eot_id|>"] == len(tokens) + 9
-    text = tokenizer.chat(
-        [{"role": "system", "content": " be brief "}, {"role": "user", "content": "hello"}]
-    )
+    text = tokenizer.chat([{"role": "system", "content": " be brief "},
+                           {"role": "user", "content": "hello"}])
     assert text == (
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nbe brief<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nhello<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -1249,11 +1257,7 @@ def test_chat_templates_and_odd_tokenizers(tmp_path):
             ],
         }
     }
-    for change in (
-        {"normalizer": {"type": "NFC"}},
-        split(5),
-        split("("),
-    ):
+    for change in ({"normalizer": {"type": "NFC"}}, split(5), split("(")):
         (tmp_path / "tokenizer.json").write_text(json.dumps(good | change))
         with pytest.raises(ValueError, match="tokenizer.json"):
             load_tokenizer(tmp_path)
@@ -1273,11 +1277,8 @@ def test_chat_templates_and_odd_tokenizers(tmp_path):
 
 def test_byte_tokenizer_and_broken_files(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
-    assert (
-        tokenizer.encode("é\n") == [0xC3, 0xA9, 10]
-        and tokenizer.decode([0xC3, 0xA9]) == "é"
-        and tokenizer.bos_id == 256
-    )
+    assert (tokenizer.encode("é\n") == [0xC3, 0xA9, 10] and tokenizer.decode([0xC3, 0xA9]) == "é"
+            and tokenizer.bos_id == 256)
     (tmp_path / "config.json").write_text('{"vocab_size": 256}')
     assert load_tokenizer(tmp_path).bos_id is None
     for text, words in (
@@ -1939,17 +1940,16 @@ def test_overwrite_removes_what_a_run_wrote_and_nothing_else(tmp_path, monkeypat
     assert (tmp_path / "out" / "tiny-seed0" / "config.json").exists()
 
 
-BAD_FLAGS = [
-    ("--method magic", "magic"), ("--stepz 3", "--stepz"), ("--step 3", "--step"),
-    ("--steps 0", "--steps"), ("--steps 1.5", "1.5"), ("--dtype float16", "float16"), ("--method prulong --window 0", "--window"),
-    ("--method prulong --target_sparsity 1.5", "--target_sparsity"), ("--window 8", "--window"),
-    ("--method prulong --target_sparsity nan", "--target_sparsity"), ("--model nowhere", "nowhere"),
-    ("--method prulong --window 500", "must be below --seq_len 128"), ("--data nowhere", "nowhere"),
-    ("--resume --out_dir none", "no run"), ("--out_dir full", "not empty"), ("--clip inf", "--clip"),
+BAD_FLAGS = [  # what would be silently wrong, and one of each kind that argparse refuses
+    ("--method magic", "magic"), ("--stepz 3", "--stepz"), ("--steps 0", "--steps"),
+    ("--dtype float16", "float16"), ("--window 8", "--window"), ("--data nowhere", "nowhere"),
+    ("--method prulong --target_sparsity 1.5", "--target_sparsity"),
+    ("--method prulong --window 500", "must be below --seq_len 128"),
+    ("--resume --out_dir none", "no run"), ("--out_dir full", "not empty"),
     ("--resume --overwrite", "exclude"), ("--device foo", "foo"), ("--seq_len 32", "--seq_len"),
     ("--method prulong --train weights", "--heads"), ("--seq_parallel 2", "--seq_parallel 2"),
     ("--model small --data facts", "outside the model's vocabulary of 61"),
-    ("--beside magic", "magic"), ("--beside lm:lr", "--lr"), ("--dtype float16", "float16")]
+    ("--beside magic", "magic"), ("--beside lm:lr", "--lr")]
 
 
 def test_bad_command_lines_end_in_one_line_and_exit_2(tmp_path, monkeypatch, capsys):
@@ -1969,7 +1969,6 @@ def test_bad_command_lines_end_in_one_line_and_exit_2(tmp_path, monkeypatch, cap
 
 # --- scripts in processes of their own -----------------------------------------------------------
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 ARGS = "--method lm --data facts --seq_len 64 --batch 2 --save_every 3 --eval_seqs 1".split()
 server = multiprocessing.get_context("forkserver")  # has imported all there is: forks in no time
 server.set_forkserver_preload(["test_all"])
@@ -2008,9 +2007,8 @@ def script(*args, cwd):
 
 
 RESUMED = {
-    "lm": ARGS, "vlorp": [*ARGS, "--method", "vlorp"],
-    "prulong": [*ARGS, "--method", "prulong", "--train", "masks+weights", "--lr", "1e-3"],
-    "cepe": "--method cepe --decoder_steps 5 --save_every 2 --eval_seqs 2".split()}
+    "lm": ARGS,
+    "prulong": [*ARGS, "--method", "prulong", "--train", "masks+weights", "--lr", "1e-3"]}
 
 
 def until_step(log, step, child):
@@ -2100,12 +2098,10 @@ def test_a_prompt_is_answered_under_a_policy(tmp_path):
 # --- several processes ---------------------------------------------------------------------------
 
 TOGETHER = {  # flags, and whether sequences can be shared
-    "lm": ("--method lm --data facts --seq_len 64 --batch 2", True),
     "prulong": ("--method prulong --train masks+weights --model tiny --data facts --seq_len 64 "
                 "--batch 2 --lr 1e-3 --window 16 --n_random 1", True),
     "duo": ("--method duo --model tiny --data facts --seq_len 64 --batch 2 --window 16 --needles 3 "
             "--n_random 1", True),
-    "meco": ("--method meco --batch 2", True),
     "ceped": ("--method ceped --decoder_steps 2 --batch 2 --lr 1e-3 --mlm 0.3 --duplicate 0.3 "
               "--mask_chunks 0.5", False),
     "vlorp": ("--method vlorp --data facts --seq_len 64 --batch 2 --granularity 4", True)}
@@ -2123,7 +2119,8 @@ def train_one(rank, size, port, cwd, name, out, *more):
         connected(rank, size, port, cwd)
     os.chdir(cwd)
     torch.set_num_threads(1)
-    train.main([*TOGETHER[name][0].split(), "--grad_accum", "4", "--steps", "12", "--eval_seqs", "4",
+    flags = TOGETHER.get(name, ("--method lm --data facts --seq_len 64 --batch 2",))[0]
+    train.main([*flags.split(), "--grad_accum", "4", "--steps", "12", "--eval_seqs", "4",
                 "--save_every", "6", "--out_dir", out, *more])
 
 
@@ -2667,144 +2664,53 @@ def test_real_llama_survives_a_round_trip(tmp_path):
 ROUTE = "From Sofia, take a bus to Riga.\nFrom Riga, take a train to Cork.\nFrom Cork, take a bus to Turin."
 GOOD_TABLE = "name\tprice\nRed Lamp\t$5\nOld Clock\t$45\n"
 CASES = [  # scorer, text (prefix and prediction), example, what the released scorers answer
-    (
-        "qa",
-        "Answer: an apple",
-        {"answer": ["The Apple!"]},
-        {"exact_match": 1, "f1": 1, "rougeL_f1": 0.5, "rougeL_recall": 0.5},
-    ),
-    (
-        "qa",
-        "Answer: yes it is",
-        {"answer": ["yes"]},
-        {"exact_match": 0, "f1": 0, "substring_exact_match": 1},
-    ),
+    ("qa", "Answer: an apple", {"answer": ["The Apple!"]}, {"exact_match": 1, "f1": 1,
+                                                            "rougeL_f1": 0.5,
+                                                            "rougeL_recall": 0.5}),
+    ("qa", "Answer: yes it is", {"answer": ["yes"]}, {"exact_match": 0, "f1": 0,
+                                                      "substring_exact_match": 1}),
     ("qa", "Paris\nAnswer: Lyon", {"answer": [["Lyon", "Lugdunum"]]}, {"exact_match": 1}),
     ("icl", "label: 3\n\nWhat is next ?\nlabel: 4", {"answer": "3"}, {"exact_match": 1}),
-    (
-        "choice",
-        "C",
-        {"answer": ["B", "B. Bob Lee"]},
-        {"exact_match": 0, "substring_exact_match": 0},
-    ),
+    ("choice", "C", {"answer": ["B", "B. Bob Lee"]},
+     {"exact_match": 0, "substring_exact_match": 0}),
     ("choice", "the", {"answer": ["A", "A. Ann"]}, {"exact_match": 1, "substring_exact_match": 0}),
-    (
-        "choice",
-        "I say B. Bob Lee",
-        {"answer": ["B", "B. Bob Lee"]},
-        {"exact_match": 1, "substring_exact_match": 1},
-    ),
-    (
-        "ruler_recall",
-        "they are 4821763 and 99",
-        {"answer": ["4821763", "1234567"]},
-        {"ruler_recall": 0.5},
-    ),
-    (
-        "rerank",
-        "Ranking: ID102 > ID107 > [ID: 105] > [111]",
-        {
-            "qrel": [
-                ["101", "0"],
-                ["102", "3"],
-                ["103", "1"],
-                ["104", "0"],
-                ["105", "2"],
-                ["106", "0"],
-                ["107", "3"],
-                ["108", "0"],
-                ["109", "1"],
-                ["110", "0"],
-                ["111", "2"],
-                ["112", "0"],
-            ],
-            "k_values": [1, 5, 10],
-        },
-        {
-            "NDCG@1": 1,
-            "NDCG@5": 0.94583,
-            "NDCG@10": 0.90089,
-            "MAP@1": 0.16667,
-            "MAP@10": 0.66667,
-            "Recall@5": 0.66667,
-            "P@5": 0.8,
-            "num_preds": 4,
-        },
-    ),
-    (
-        "ndcg",
-        "",
-        {
-            "scores": {"10": 2.0, "9": 2.0, "8": 1.0},
-            "qrel": {"10": 3, "9": 0, "8": 1},
-            "k_values": [1, 5, 10],
-        },
-        {"NDCG@1": 0, "NDCG@5": 0.659, "MAP@5": 0.58333, "MRR": 0.5},
-    ),
+    ("choice", "I say B. Bob Lee", {"answer": ["B", "B. Bob Lee"]},
+     {"exact_match": 1, "substring_exact_match": 1}),
+    ("ruler_recall", "they are 4821763 and 99", {"answer": ["4821763", "1234567"]},
+     {"ruler_recall": 0.5}),
+    ("rerank", "Ranking: ID102 > ID107 > [ID: 105] > [111]",
+     {"qrel": [["101", "0"], ["102", "3"], ["103", "1"], ["104", "0"], ["105", "2"], ["106", "0"],
+               ["107", "3"], ["108", "0"], ["109", "1"], ["110", "0"], ["111", "2"], ["112", "0"]],
+      "k_values": [1, 5, 10]}, {"NDCG@1": 1, "NDCG@5": 0.94583, "NDCG@10": 0.90089,
+                                "MAP@1": 0.16667, "MAP@10": 0.66667, "Recall@5": 0.66667,
+                                "P@5": 0.8, "num_preds": 4}),
+    ("ndcg", "", {"scores": {"10": 2.0, "9": 2.0, "8": 1.0}, "qrel": {"10": 3, "9": 0, "8": 1},
+                  "k_values": [1, 5, 10]}, {"NDCG@1": 0, "NDCG@5": 0.659, "MAP@5": 0.58333,
+                                            "MRR": 0.5}),
     ("parse_output", "Answer: x\ny", {"prefix_arg": "Answer:"}, {"parsed": "x"}),
     ("normalize_answer", 'The  A.B. "an" apple\u2019s', {}, {"normalized": "ab apple\u2019s"}),
     ("remove_citations", "word [1][2]. More [3] text | end]", {}, {"text": "word. More text end"}),
-    (
-        "alce_asqa",
-        "In 1912, Roald [2] Amundsen\n\nstood.",
-        {
-            "qa_pairs": [
-                {"short_answers": ["1912"]},
-                {"short_answers": ["Roald Amundsen"]},
-                {"short_answers": ["South Pole"]},
-            ]
-        },
-        {"str_em": 200 / 3, "str_hit": 0},
-    ),
-    (
-        "alce_qampari",
-        "Marazan [1], Ruined City [4].",
-        {"answers": [["Marazan"], ["S. Morris"], ["Ruined City"], ["X"]]},
-        {"num_preds": 2, "qampari_prec": 100, "qampari_rec": 50, "qampari_rec_top5": 50},
-    ),
-    (
-        "html_to_tsv",
-        "```tsv\n" + GOOD_TABLE + "```",
-        {"reference_output": GOOD_TABLE},
-        {"f1": 1, "extraction_rate": 1},
-    ),
-    (
-        "html_to_tsv",
-        "```tsv\nname\tprice\nold clock\t45\nX\t1",
-        {"reference_output": GOOD_TABLE},
-        {"precision": 0.5, "recall": 0.5, "f1": 0.5},
-    ),
-    (
-        "html_to_tsv",
-        "Here:\n" + GOOD_TABLE,
-        {"reference_output": GOOD_TABLE},
-        {"f1": 0, "extraction_rate": 0},
-    ),
-    (
-        "path_traversal",
-        f"<Route>\n{ROUTE}\n</Route>",
-        {"reference_output": ROUTE + "\n"},
-        {"accuracy": 1, "partial_accuracy": 1},
-    ),
-    (
-        "path_traversal",
-        f"<Route>{ROUTE.replace('a train', 'the train')}</Route>",
-        {"reference_output": ROUTE},
-        {"accuracy": 0, "partial_accuracy": 2 / 3},
-    ),
-    (
-        "path_traversal",
-        ROUTE,
-        {"reference_output": ROUTE},
-        {"partial_accuracy": 0, "extraction_rate": 0},
-    ),
-    (
-        "tom_tracking",
-        "- step 0: (INITIAL STATE) {a}\n- Step 1: x",
-        {"reference_output": "T:\n- Step 0: (initial state) {a}\n- Step 1: y"},
-        {"accuracy": 0, "partial_accuracy": 0.5, "extraction_rate": 1},
-    ),
-]
+    ("alce_asqa", "In 1912, Roald [2] Amundsen\n\nstood.",
+     {"qa_pairs": [{"short_answers": ["1912"]}, {"short_answers": ["Roald Amundsen"]},
+                   {"short_answers": ["South Pole"]}]}, {"str_em": 200 / 3, "str_hit": 0}),
+    ("alce_qampari", "Marazan [1], Ruined City [4].",
+     {"answers": [["Marazan"], ["S. Morris"], ["Ruined City"], ["X"]]},
+     {"num_preds": 2, "qampari_prec": 100, "qampari_rec": 50, "qampari_rec_top5": 50}),
+    ("html_to_tsv", "```tsv\n" + GOOD_TABLE + "```", {"reference_output": GOOD_TABLE},
+     {"f1": 1, "extraction_rate": 1}),
+    ("html_to_tsv", "```tsv\nname\tprice\nold clock\t45\nX\t1", {"reference_output": GOOD_TABLE},
+     {"precision": 0.5, "recall": 0.5, "f1": 0.5}),
+    ("html_to_tsv", "Here:\n" + GOOD_TABLE, {"reference_output": GOOD_TABLE},
+     {"f1": 0, "extraction_rate": 0}),
+    ("path_traversal", f"<Route>\n{ROUTE}\n</Route>", {"reference_output": ROUTE + "\n"},
+     {"accuracy": 1, "partial_accuracy": 1}),
+    ("path_traversal", f"<Route>{ROUTE.replace('a train', 'the train')}</Route>",
+     {"reference_output": ROUTE}, {"accuracy": 0, "partial_accuracy": 2 / 3}),
+    ("path_traversal", ROUTE, {"reference_output": ROUTE},
+     {"partial_accuracy": 0, "extraction_rate": 0}),
+    ("tom_tracking", "- step 0: (INITIAL STATE) {a}\n- Step 1: x",
+     {"reference_output": "T:\n- Step 0: (initial state) {a}\n- Step 1: y"},
+     {"accuracy": 0, "partial_accuracy": 0.5, "extraction_rate": 1})]
 CASES += [
     (
         "countdown",
@@ -2841,20 +2747,6 @@ def test_scorers_answer_as_the_released_ones():
             assert got[key] == (
                 value if isinstance(value, str) else pytest.approx(value, abs=1e-6)
             ), (name, text, key, got)
-
-
-@pytest.mark.skipif(
-    "SCORER_CASES" not in os.environ, reason="wants a JSON file of scorer cases in SCORER_CASES"
-)
-def test_scorers_on_a_file_of_cases():
-    for case in json.load(open(os.environ["SCORER_CASES"])):
-        got = eval_tasks.SCORERS[case["scorer"]](
-            case["prefix"] + (case["prediction"] or ""), case["example"]
-        )
-        for key, value in (case["expected"] or case["expected_rmodels"]).items():
-            assert got[key] == (
-                value if isinstance(value, str) else pytest.approx(value, abs=1e-6)
-            ), (case["id"], key)
 
 
 def test_stemmer_and_rouge():
@@ -2897,9 +2789,8 @@ def gold_text(name, example):
     text = example.gold.get("reference_output") or (
         " ".join(example.answer) if kind == "ruler_recall" else eval_tasks.flat(example.answer)[0]
     )
-    return {"path_traversal": f"<Route>{text}</Route>", "html_to_tsv": f"```tsv\n{text}```"}.get(
-        kind, " " + text
-    )
+    return {"path_traversal": f"<Route>{text}</Route>",
+            "html_to_tsv": f"```tsv\n{text}```"}.get(kind, " " + text)
 
 
 @pytest.mark.parametrize("name", TEXT_TASKS)
@@ -2916,9 +2807,8 @@ def test_built_tasks_have_their_length_and_a_right_answer(name):
             example.prompt[1:]
         ).endswith(example.prefix)
         if not name.startswith("code") or shutil.which("g++"):
-            assert eval_tasks.score(name, gold_text(name, example), example)["score"] == 1, (
-                gold_text(name, example)
-            )
+            assert eval_tasks.score(name, gold_text(name, example),
+                                    example)["score"] == 1, (gold_text(name, example))
             assert eval_tasks.score(name, "", example)["score"] == 0
     with pytest.raises(ValueError, match="at least"):
         eval_tasks.build(name, 1, 10, 0, tokenizer)
@@ -2932,11 +2822,8 @@ def built(name, length, tokenizer):
 
 def test_built_tasks_are_the_same_everywhere():
     """A fingerprint of all tasks, taken once: another machine or version must give the same prompts."""
-    prompts = [
-        eval_tasks.build(name, 1, 6000, 1, model_file.byte_tokenizer())[0].prompt
-        for name in TEXT_TASKS
-        if name[-2:] not in ("2k", "8k")
-    ]
+    prompts = [eval_tasks.build(name, 1, 6000, 1, model_file.byte_tokenizer())[0].prompt
+               for name in TEXT_TASKS if name[-2:] not in ("2k", "8k")]
     assert hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16] == "da8a7096d19f9b05"
 
 
@@ -2961,9 +2848,8 @@ def test_countdown_search_is_complete():
         trace = eval_tasks.countdown_trace(numbers, target)
         seen.add(trace is not None)
         assert (trace is not None) == solvable(numbers, target)
-        assert trace is None or eval_tasks.solves(
-            eval_tasks.tagged(trace, "Solution").split("\n"), numbers, target
-        )
+        assert trace is None or eval_tasks.solves(eval_tasks.tagged(trace, "Solution").split("\n"),
+                                                  numbers, target)
     assert seen == {True, False}
 
 
@@ -2993,11 +2879,8 @@ def test_belief_traces_follow_from_the_story():
                 at[found[1]], lies[found[3]] = found[2], found[4]
             else:
                 found = re.fullmatch(r"(\w+) moves the (.+) to the (.+'s .+)", text)
-                assert (
-                    lies[found[2]].startswith(at[found[1]] + "'s")
-                    and found[3].startswith(at[found[1]] + "'s")
-                    and lies[found[2]] != found[3]
-                )
+                assert (lies[found[2]].startswith(at[found[1]] + "'s")
+                        and found[3].startswith(at[found[1]] + "'s") and lies[found[2]] != found[3])
                 lies[found[2]] = found[3]
             if step or sentence == story[3]:  # two agents and two objects stand first
                 sees = lies[what].split("'s ")[0] == at[who]
@@ -3007,11 +2890,8 @@ def test_belief_traces_follow_from_the_story():
                     f"{who}'s belief on {what}: {belief}}}"
                 )
         lines = trace.split("\n")
-        assert (
-            [line[line.index("{") :] for line in lines[1:-1]] == states
-            and len(states) == 31
-            and lines[-1] == f"Final Answer: the {belief}"
-        )
+        assert ([line[line.index("{") :] for line in lines[1:-1]] == states and len(states) == 31
+                and lines[-1] == f"Final Answer: the {belief}")
 
 
 def test_travel_problems_have_one_plan():
@@ -3095,31 +2975,18 @@ def test_helmet_rows_are_read_as_released(tmp_path):
 
 def test_official_files_are_read_as_released(tmp_path):
     """Rows, order, worked examples and prompt structure of HELMET and LongProc, and what a wrong folder is told."""
-    ctx = lambda what, i: [
-        {"title": f"{what} {i} {j}", "text": f"Text {j} about {what} {i}."} for j in range(2)
-    ]
+    ctx = lambda what, i: [{"title": f"{what} {i} {j}", "text": f"Text {j} about {what} {i}."}
+                           for j in range(2)]
     put = lambda name, rows: (
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True),
         (tmp_path / name).write_text("\n".join(map(json.dumps, rows))),
     )
-    put(
-        "kilt/nq-dev-multikilt_1000_k50_dep6.jsonl",
-        [
-            {"question": f"Who wrote book {i}?", "answers": [f"Author {i}"], "ctxs": ctx("book", i)}
-            for i in range(2)
-        ],
-    )
-    put(
-        "kilt/nq-train-multikilt_1000_k3_dep6.jsonl",
-        [
-            {
-                "question": f"Which river is river {i}?",
-                "answers": [f"River {i}"],
-                "ctxs": ctx("river", i),
-            }
-            for i in (*range(7), 2)
-        ],
-    )
+    put("kilt/nq-dev-multikilt_1000_k50_dep6.jsonl",
+        [{"question": f"Who wrote book {i}?", "answers": [f"Author {i}"], "ctxs": ctx("book", i)}
+         for i in range(2)])
+    put("kilt/nq-train-multikilt_1000_k3_dep6.jsonl",
+        [{"question": f"Which river is river {i}?", "answers": [f"River {i}"],
+          "ctxs": ctx("river", i)} for i in (*range(7), 2)])
     example = eval_tasks.load("helmet:kilt_nq", str(tmp_path))[0]
     river = (
         "Document (Title: river {0} 0): Text 0 about river {0}.\n\nDocument (Title: river {0} 1): Text 1 about river {0}.\n\n"
@@ -3129,18 +2996,13 @@ def test_official_files_are_read_as_released(tmp_path):
         river.format(6) + river.format(2) + "Document (Title: book 0 0): Text 0 about book 0.\n\n"
         "Document (Title: book 0 1): Text 1 about book 0.\n\nQuestion: Who wrote book 0?"
     )
-    assert (
-        example.prefix == "Answer:"
-        and eval_tasks.score("helmet:kilt_nq", " author 0", example)["score"] == 1
-    )
+    assert (example.prefix == "Answer:"
+            and eval_tasks.score("helmet:kilt_nq", " author 0", example)["score"] == 1)
     cut = eval_tasks.load("kilt_nq", str(tmp_path), length=len(example.prompt) + 20 - 9)[
         0
     ]  # 20 tokens are for the answer
-    assert (
-        cut.n_cut == 9
-        and len(cut.prompt) == len(example.prompt) - 9
-        and cut.user.endswith("Text 1 abou\n\nQuestion: Who wrote book 0?")
-    )
+    assert (cut.n_cut == 9 and len(cut.prompt) == len(example.prompt) - 9
+            and cut.user.endswith("Text 1 abou\n\nQuestion: Who wrote book 0?"))
     (tmp_path / "path_traversal").mkdir()
     with pytest.raises(FileNotFoundError, match="prompts.yaml.*LongProc"):
         eval_tasks.load("longproc:path_traversal_0.5k", str(tmp_path))
@@ -3150,25 +3012,16 @@ def test_official_files_are_read_as_released(tmp_path):
     paths = [{"context_nl": "C", "question_repr": ["A", "B"], "answer_nl": ROUTE}]
     (tmp_path / "path_traversal" / "path_traversal_0.5k.json").write_text(json.dumps(paths))
     (example,) = eval_tasks.load("longproc:path_traversal_0.5k", str(tmp_path))
-    assert (
-        example.user == "Map {x}:\nC\n\nFrom A to B."
-        and example.answer == ROUTE
-        and example.max_new_tokens == 1024
-    )
-    put(
-        "ruler/vt/validation_8192.jsonl",
-        [{"context": "C", "query": "q", "num_v": 1, "example": "e", "answer": []}],
-    )
+    assert (example.user == "Map {x}:\nC\n\nFrom A to B." and example.answer == ROUTE
+            and example.max_new_tokens == 1024)
+    put("ruler/vt/validation_8192.jsonl",
+        [{"context": "C", "query": "q", "num_v": 1, "example": "e", "answer": []}])
     with pytest.raises(ValueError, match="vt/validation_8192.jsonl: not ruler_vt's rows"):
         eval_tasks.load("ruler_vt", str(tmp_path))
     os.remove(tmp_path / "ruler/vt/validation_8192.jsonl")
     put("json_kv/test_k105_dep6.jsonl", [{"context": "JSON"}])
-    for name, words in (
-        ("json_kv", "not json_kv's rows"),
-        ("narrativeqa", "needs a judge"),
-        ("kilt_xy", "unknown"),
-        ("ruler_vt", "ruler/vt"),
-    ):
+    for name, words in (("json_kv", "not json_kv's rows"), ("narrativeqa", "needs a judge"),
+                        ("kilt_xy", "unknown"), ("ruler_vt", "ruler/vt")):
         with pytest.raises((ValueError, FileNotFoundError), match=words):
             eval_tasks.load(name, str(tmp_path))
 
@@ -3214,17 +3067,10 @@ def test_bm25_by_definition():
     assert min(idf.values()) < 0
     mean = sum(map(len, texts)) / 52
     for query in ("w1 w2 w2 w7", "w3", "unknown w5"):
-        want = [
-            sum(
-                (idf[w] if idf[w] >= 0 else floor)
-                * t.count(w)
-                * 2.5
-                / (t.count(w) + 1.5 * (0.25 + 0.75 * len(t) / mean))
-                for w in query.split()
-                if w in idf
-            )
-            for t in texts
-        ]
+        want = [sum((idf[w] if idf[w] >= 0
+                     else floor) * t.count(w) * 2.5 / (t.count(w)
+                                                       + 1.5 * (0.25 + 0.75 * len(t) / mean))
+                    for w in query.split() if w in idf) for t in texts]
         close(torch.tensor(index.scores(query)), torch.tensor(want, dtype=torch.float64), 1e-9)
         order = sorted(range(52), key=lambda i: (index.scores(query)[i], i), reverse=True)
         for k in (1, 5, 52, 99):
@@ -3244,12 +3090,9 @@ def test_listwise_reranking_and_metrics():
         f"passage {i}" for i in range(22, 17, -1)
     ]
     got = eval_tasks.retrieval_metrics([4, 7, 1, 9, 8, 2], {7, 2})
-    assert got == {
-        "recall@5": 0.5,
-        "recall@20": 1,
-        "mrr": 0.5,
-        "ndcg@10": pytest.approx((1 / math.log2(3) + 1 / math.log2(7)) / (1 + 1 / math.log2(3))),
-    }
+    assert got == {"recall@5": 0.5, "recall@20": 1, "mrr": 0.5,
+                   "ndcg@10": pytest.approx((1 / math.log2(3)
+                                             + 1 / math.log2(7)) / (1 + 1 / math.log2(3)))}
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="wants g++")
@@ -3260,14 +3103,9 @@ def test_generated_code_runs_within_limits(tmp_path, monkeypatch):
     )["accuracy"]
     assert run_it("int main() { int a, b; cin >> a >> b; cout << a + b << endl; }") == 1
     start = time.perf_counter()
-    for body in (
-        "int main() { for (;;); }",
-        "int main() { for (;;) cout << 3 << endl; }",
-        "int main() { vector<char> v(2u << 30, 1); cout << 3 << endl; }",
-        "int main() { cout << 3; }",
-        "not code",
-        '#include "/dev/zero"\nint main() {}',
-    ):
+    for body in ("int main() { for (;;); }", "int main() { for (;;) cout << 3 << endl; }",
+                 "int main() { vector<char> v(2u << 30, 1); cout << 3 << endl; }",
+                 "int main() { cout << 3; }", "not code", '#include "/dev/zero"\nint main() {}'):
         assert run_it(body) == 0, body
     assert time.perf_counter() - start < 60
     (tmp_path / "g++").write_text("#!/bin/sh\nexit 1\n")  # a compiler that cannot fork, say
@@ -3277,18 +3115,14 @@ def test_generated_code_runs_within_limits(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="within the limits"):
             run_it("int main() {}")
     if eval_tasks.has_namespaces():
-        nets = eval_tasks.run_limited(
-            [sys.executable, "-I", "-c", "import socket; print(socket.if_nameindex())"],
-            str(tmp_path),
-            "",
-            5,
-        )
+        nets = eval_tasks.run_limited([sys.executable, "-I", "-c",
+                                       "import socket; print(socket.if_nameindex())"],
+                                      str(tmp_path), "", 5)
         assert nets == "[(1, 'lo')]\n"
         mark = tmp_path / "mark"  # a daemon that would write after the command's end
         daemon = f"import os, time\nif os.fork() == 0:\n    os.setsid(); time.sleep(1.5); open({str(mark)!r}, 'w')"
-        assert (
-            eval_tasks.run_limited([sys.executable, "-I", "-c", daemon], str(tmp_path), "", 5) == ""
-        )
+        assert (eval_tasks.run_limited([sys.executable, "-I", "-c", daemon], str(tmp_path), "", 5)
+                == "")
         time.sleep(2)
         assert not mark.exists()
 
@@ -4420,103 +4254,6 @@ def test_locret_keeps_by_its_scores():
         assert len(positions) == 14 and positions[-4:] == [40, 41, 42, 43]
 
 
-# --- bad input -----------------------------------------------------------------------------------
-
-ODD = [None, True, -1, 0, 7, 2 ** 70, 1e308, -0.5, "", "x", "\ud800", "é" * 9, [], {}, [None],
-       {"a": 1}, "../../x"]
-
-
-def warped(rng, value):
-    """A JSON value in which one thing, somewhere, is another, gone or twice there."""
-    if not (isinstance(value, (dict, list)) and value and rng.random() < 0.85):
-        return rng.choice(ODD)
-    value = copy.copy(value)
-    key = rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))
-    if rng.random() < 0.15:
-        del value[key]
-    else:
-        value[key] = warped(rng, value[key])
-    return value
-
-
-def warped_bytes(rng, data):
-    """Bytes that are cut, doubled, or have others among them."""
-    data, at = bytearray(data), rng.randrange(len(data) + 1)
-    odd = rng.choice([b"\0", b"\xff\xfe", b"9" * 5000, b"\n", b'"', data[at:at + 50]])
-    return bytes(data[:at] if rng.random() < 0.3 else data[:at] + odd + data[at:])
-
-
-def warped_file(rng, data):
-    """A file's bytes, its JSON, its lines or its safetensors header changed somewhere."""
-    kind = rng.randrange(3)
-    if data[8:9] == b"{" and kind:  # safetensors
-        size = int.from_bytes(data[:8], "little")
-        header = json.dumps(warped(rng, json.loads(data[8:8 + size]))).encode()
-        length = rng.choice([len(header)] * 8 + [0, 2 ** 63])
-        return length.to_bytes(8, "little") + header + data[8 + size:]
-    if data[:1] in (b"{", b"[") and kind:
-        lines = [json.loads(line) for line in data.splitlines()] if kind == 1 else None
-        if lines is not None:
-            at = rng.randrange(len(lines))
-            lines[at] = warped(rng, lines[at])
-            return "\n".join(map(json.dumps, lines)).encode()
-    return warped_bytes(rng, data)
-
-
-def test_bad_input_ends_in_one_line(tmp_path, monkeypatch):
-    """Changed files of every kind: each is read, or refused by what `run` turns into one line."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "m").mkdir()
-    made_tokenizer(tmp_path / "m")
-    save_model(Llama(dataclasses.replace(eval_tasks.TINY, vocab_size=400)).init_weights(0), "m")
-    for path in (tmp_path / "m").glob("*.json"):
-        path.write_text(json.dumps(json.loads(path.read_text())))  # one line
-    prulong.save_heads("heads.tsv", torch.eye(3, 4) > 0)
-    tokenizer, chats = load_tokenizer("m"), [{"messages": CHAT}, {"question": "a", "answer": "b"}]
-    pages = [{"text": f"page {i} of it", "url": f"http://a{i}.org/x"} for i in range(4)]
-    for name, rows in (("chats.jsonl", chats), ("pages.jsonl", pages),
-                       ("results.jsonl", [{"key": "a", "score": 0.5}] * 3)):
-        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)) + "\n")
-    cepe.save_cepe(small_cepe().float(), "c")
-    save_model(small(), "i", max_shard_bytes=4000)
-    for path in ("c/config.json", "i/model.safetensors.index.json"):
-        (tmp_path / path).write_text(json.dumps(json.loads((tmp_path / path).read_text())))
-    args = filled(data="pages.jsonl", seq_len=8, eval_seqs=1)
-
-    def tokenize():
-        found = load_tokenizer("m")
-        found.decode(found.encode("Hello 12 the <|im_end|> é"))
-    readers = {
-        "m/config.json": lambda: load_model("m"), "m/model.safetensors": lambda: load_model("m"),
-        "m/tokenizer.json": tokenize, "m/tokenizer_config.json": tokenize,
-        "c/config.json": lambda: cepe.load_cepe("c"),
-        "c/model.safetensors": lambda: cepe.load_cepe("c"),
-        "i/model.safetensors.index.json": lambda: model_file.weight_files("i"),
-        "results.jsonl": lambda: eval_tasks.read_results("results.jsonl"),
-        "heads.tsv": lambda: prulong.load_heads("heads.tsv", 0.5),
-        "chats.jsonl": lambda: [train.encode_chat(train.as_messages(row), tokenizer, 99)
-                                for row in train.Rows("chats.jsonl")],
-        "pages.jsonl": lambda: (train.own_data(args, tokenizer, train.Rows("pages.jsonl")),
-                                meco.checked_pages(train.Rows("pages.jsonl"), "host"))}
-    ended = collections.Counter()
-    for (name, read), seed in itertools.product(readers.items(), range(1000 if SLOW else 60)):
-        rng, good = random.Random(f"{name} {seed}"), (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(warped_file(rng, good))
-        signal.alarm(30)  # a case that hangs ends the process
-        try:
-            with warnings.catch_warnings(action="ignore"):
-                read()
-            ended[name, "read"] += 1
-        except (ValueError, OSError, SafetensorError):
-            ended[name, "refused"] += 1
-        except BaseException as e:
-            raise AssertionError(f"{name}, seed {seed}: {type(e).__name__} {e}") from e
-        finally:
-            signal.alarm(0)
-            (tmp_path / name).write_bytes(good)
-    assert all(ended[name, "refused"] for name in readers), ended
-
-
 # --- the house -----------------------------------------------------------------------------------
 
 LEVELS = [["attention_triton"], ["model"], ["prulong", "evict", "cepe", "meco", "vlorp"],
@@ -4546,17 +4283,6 @@ def test_the_loop_knows_no_technique_by_name():
         assert not pattern.search(open(os.path.join(HERE, file)).read()), file
 
 
-def test_prulong_beats_random_masks_on_a_trained_model(tmp_path, monkeypatch, capsys):
-    """The claim itself, on the tiny model: 3 of 12 heads recall what 12 do, random ones do not."""
-    monkeypatch.chdir(tmp_path)
-    train.main(["--method", "prulong", "--n_random", "4"])
-    table = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    recall = {name: row["far recall"] for name, row in table.items()}
-    assert recall["full cache"] > 0.98 and recall["prulong"] > 0.95 and recall["duo"] > 0.95
-    assert recall["mean of 4 random masks"] < 0.6
-    assert table["prulong"]["full heads"] == 3
-
-
 def readme_blocks():
     """name -> code of README's python blocks that begin with `# NAME.py`."""
     text = open(os.path.join(HERE, "README.md")).read()
@@ -4577,3 +4303,19 @@ def test_readme_examples_run(tmp_path):
         done = script(tmp_path / name, *args[name].split(), cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert {"mine.py": "| mine |", "third.py": "| third |"}[name] in done.stdout
+
+
+@needs_triton
+def test_kernels_interpreted(beside):
+    done = beside["test_kernels_interpreted"].result()
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_prulong_beats_random_masks(beside):
+    """The claim itself, on the tiny model: 3 of 12 heads recall what 12 do, random ones do not."""
+    done = beside["test_prulong_beats_random_masks"].result()
+    table = json.loads(done.stdout.splitlines()[-1])["rows"]
+    recall = {name: row["far recall"] for name, row in table.items()}
+    assert recall["full cache"] > 0.98 and recall["prulong"] > 0.95 and recall["duo"] > 0.95
+    assert recall["mean of 4 random masks"] < 0.6
+    assert table["prulong"]["full heads"] == 3
