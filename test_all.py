@@ -654,14 +654,14 @@ def test_rope_given_twice_is_read_as_the_hub_reads_it():
     length = "original_max_position_embeddings"
     llama3 = {name: value for name, value in SCALING.items() if name != length}
     plain, linear = {"rope_type": "default", "rope_theta": 5e5}, {"type": "linear", "factor": 4.0}
-    for change, want in (
-            ({"rope_parameters": plain, "rope_scaling": llama3 | {length: 8192}},
-             [0.8146172165870667, 0.0005248460220173001, 3.068925877869333e-07]),
-            ({"rope_parameters": plain, "rope_scaling": linear, "rope_theta": None},
-             [0.21649108827114105, 0.0024999999441206455, 2.8869548259535804e-05]),
-            ({"rope_scaling": llama3}, [0.8146172165870667, 0.001414213445968926, 3.068925877869333e-07]),
-            ({"rope_scaling": llama3 | {length: 4096}, length: 8192},
-             [0.8146172165870667, 0.0005248460220173001, 3.068925877869333e-07])):
+    for change, want in (({"rope_parameters": plain, "rope_scaling": llama3 | {length: 8192}},
+                          [0.8146172165870667, 0.0005248460220173001, 3.068925877869333e-07]),
+                         ({"rope_parameters": plain, "rope_scaling": linear, "rope_theta": None},
+                          [0.21649108827114105, 0.0024999999441206455, 2.8869548259535804e-05]),
+                         ({"rope_scaling": llama3}, [0.8146172165870667, 0.001414213445968926,
+                                                     3.068925877869333e-07]),
+                         ({"rope_scaling": llama3 | {length: 4096}, length: 8192},
+                          [0.8146172165870667, 0.0005248460220173001, 3.068925877869333e-07])):
         got = rope_frequencies(LlamaConfig.from_hf(hf | change))[[1, 32, 63]]
         assert torch.allclose(got, torch.tensor(want), rtol=1e-6), change
 
@@ -924,7 +924,8 @@ def test_sampling():
 
 
 def test_tokens_outside_the_vocabulary():
-    for bad, words in (([3, 61], "outside the vocabulary of 61"), ([-1, 3], "outside"), ([], "no tokens")):
+    for bad, words in (([3, 61], "outside the vocabulary of 61"), ([-1, 3], "outside"),
+                       ([], "no tokens")):
         with pytest.raises(ValueError, match=words):
             generate(small(), bad, 1)
     with pytest.raises(ValueError, match="no tokens"):
@@ -1030,7 +1031,8 @@ def test_the_index_says_which_shard_has_a_tensor(tmp_path):
     first, last = (dict(load_file(file)) for file in (files[0], files[-1]))
     stale = {name: x + 1 for name, x in first.items()} | {"extra": torch.ones(3)}
     save_file(last | stale, files[-1])
-    for (name, a), b in zip(model.named_parameters(), load_model(tmp_path, dtype=None).parameters()):
+    for (name, a), b in zip(model.named_parameters(),
+                            load_model(tmp_path, dtype=None).parameters()):
         assert torch.equal(a, b), name
 
 
@@ -1050,17 +1052,14 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
 
 # --- tokenizer -----------------------------------------------------------------------------------
 
-
 def made_tokenizer(folder, digits=True, seed=0):
-    """A byte-level BPE tokenizer.json learned on a little text: ids in random order, a few special tokens among them."""
-    text = (
-        " the cat sat on the mat. 1 2 33 444 don't we'll  and\n\n  then\tsome   more 12345 théâtre"
-        * 3
-    )
-    letters = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = {b: chr(b) for b in letters} | {
-        b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in letters)
-    }
+    """A byte-level BPE tokenizer.json learned on a little text: ids in random order, a few special
+    tokens among them. Returns its letters for bytes, its merges and its ids."""
+    text = 3 * (" the cat sat on the mat. 1 2 33 444 don't we'll  and\n\n  then\tsome   more 12345 "
+                "théâtre")
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in plain]
+    letters = {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(others)}
     words = [[letters[b] for b in w.encode()] for w in text.replace(" ", "\0 ").split("\0")]
     merges = []
     for _ in range(60):
@@ -1075,35 +1074,23 @@ def made_tokenizer(folder, digits=True, seed=0):
         words = [slow_merge(w, [best]) for w in words]
     tokens = ["<|im_start|>", "<|im_end|>", *letters.values(), *("".join(m) for m in merges)]
     ids = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed)).tolist()
-    level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    (folder / "tokenizer.json").write_text(
-        json.dumps(
-            {
-                "added_tokens": [{"id": ids[i], "content": tokens[i]} for i in (0, 1)],
-                "normalizer": None,
-                "pre_tokenizer": {
-                    "type": "Sequence",
-                    "pretokenizers": [{"type": "Digits", "individual_digits": True}, level],
-                }
-                if digits
-                else level,
-                "model": {
-                    "type": "BPE",
-                    "vocab": dict(zip(tokens, ids)),
-                    "merges": [" ".join(m) for m in merges],
-                },
-            }
-        )
-    )
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps({"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"},
-                    "chat_template": model_file.CHAT_FORMATS["chatml"]})
-    )
+    split = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    if digits:
+        one_by_one = {"type": "Digits", "individual_digits": True}
+        split = {"type": "Sequence", "pretokenizers": [one_by_one, split]}
+    model = {"type": "BPE", "vocab": dict(zip(tokens, ids)), "merges": [*map(" ".join, merges)]}
+    added = [{"id": ids[i], "content": tokens[i]} for i in (0, 1)]
+    (folder / "tokenizer.json").write_text(json.dumps(
+        {"added_tokens": added, "normalizer": None, "pre_tokenizer": split, "model": model}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(
+        {"bos_token": "<|im_start|>", "eos_token": {"content": "<|im_end|>"},
+         "chat_template": model_file.CHAT_FORMATS["chatml"]}))
     return letters, merges, dict(zip(tokens, ids))
 
 
 def slow_merge(symbols, merges):
-    """BPE by its definition: the earliest rule that applies anywhere, everywhere it applies, left to right."""
+    """BPE by its definition: the earliest rule that applies anywhere, everywhere it applies, from
+    left to right."""
     symbols = list(symbols)
     while True:
         at = [merges.index(p) for p in zip(symbols, symbols[1:]) if p in merges]
@@ -1112,18 +1099,18 @@ def slow_merge(symbols, merges):
         rule, out = merges[min(at)], []
         while symbols:
             out.append(symbols[0] + symbols[1] if tuple(symbols[:2]) == rule else symbols[0])
-            symbols = symbols[len(rule) if tuple(symbols[:2]) == rule else 1 :]
+            symbols = symbols[len(rule) if tuple(symbols[:2]) == rule else 1:]
         symbols = out
 
 
 @pytest.mark.parametrize("digits", [True, False])
 def test_tokenizer_json_equals_bpe_by_its_definition(tmp_path, digits):
-    """Digits are cut out first, the GPT-2 pattern then sees what lies between; here with Python's re on ASCII letters."""
+    """Digits are cut out first, the GPT-2 pattern then sees what lies between; here with Python's
+    re on ASCII letters."""
     letters, merges, ids = made_tokenizer(tmp_path, digits)
     tokenizer = load_tokenizer(tmp_path)
-    pattern = re.compile(
-        r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z\u00e0-\u00ff]+| ?[0-9]+| ?[^\sA-Za-z0-9\u00e0-\u00ff]+|\s+(?!\S)|\s+"
-    )
+    pattern = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d| ?[A-Za-z\u00e0-\u00ff]+| ?[0-9]+"
+                         r"| ?[^\sA-Za-z0-9\u00e0-\u00ff]+|\s+(?!\S)|\s+")
     random = np.random.default_rng(0)
     alphabet = list("the catson m.12345'dlwer\n\t  ") + ["é", "â", "'ll", "the", "  ", "\n\n"]
     for _ in range(300):
@@ -1145,20 +1132,19 @@ def test_tokenizer_json_equals_bpe_by_its_definition(tmp_path, digits):
 
 def test_llama3_tokenizer_model(tmp_path):
     tokens = [bytes([b]) for b in range(256)] + [b"he", b"ll", b"hell", b"hello", b" w"]
-    (tmp_path / "tokenizer.model").write_bytes(
-        b"".join(base64.b64encode(t) + f" {i}\n".encode() for i, t in enumerate(tokens))
-    )
+    lines = [base64.b64encode(t) + f" {i}\n".encode() for i, t in enumerate(tokens)]
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
     assert load_tokenizer(tmp_path).template is None
     tokenizer = load_tokenizer(tmp_path, "llama3")
-    assert (tokenizer.encode("hello w1234") == [259, 260, *b"1234"] and tokenizer.decode([259, 260])
-            == "hello w")
+    assert tokenizer.encode("hello w1234") == [259, 260, *b"1234"]
+    assert tokenizer.decode([259, 260]) == "hello w"
     assert len(tokenizer.special) == 256 and tokenizer.special["<|eot_id|>"] == len(tokens) + 9
     text = tokenizer.chat([{"role": "system", "content": " be brief "},
                            {"role": "user", "content": "hello"}])
     assert text == (
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nbe brief<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\nhello<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-    )
+        "<|start_header_id|>user<|end_header_id|>\n\nhello<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n")
     assert tokenizer.encode(text)[:2] == [len(tokens), len(tokens) + 6]
     assert tokenizer.eos_ids == (len(tokens) + 9,)
     with pytest.raises(ValueError, match="special tokens of --chat chatml"):
@@ -1171,9 +1157,9 @@ def test_llama3_tokenizer_model(tmp_path):
 # Templates after those of known families, what transformers 5.2 writes for ASKED with each (with
 # date_string="26 Jul 2024"), and the special token behind an answer
 ASKED = [{"role": "user", "content": " hi "}]
-CHATML_TURNS = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' "
-                "+ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-                "{% endif %}")
+CHATML_TURNS = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+                "{{ '<|im_end|>' + '\n' }}{% endfor %}"
+                "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 TEMPLATES = {
     "Hermes: BOS, then ChatML": (
         "{{ bos_token }}" + CHATML_TURNS,
@@ -1184,8 +1170,8 @@ TEMPLATES = {
         "<|im_start|>system\nIt's you.<|im_end|>\n<|im_start|>user\n hi <|im_end|>\n"
         "<|im_start|>assistant\n", "<|im_end|>"),
     "Llama 3.2: the date, trimmed turns": (
-        "{{- bos_token }}\n{%- if not date_string is defined %}\n    {%- if strftime_now is defined %}"
-        "\n        {%- set date_string = strftime_now('%d %b %Y') %}\n    {%- else %}\n"
+        "{{- bos_token }}\n{%- if not date_string is defined %}\n"
+        "    {%- if strftime_now is defined %}\n        {%- set date_string = strftime_now('%d %b %Y') %}\n    {%- else %}\n"
         "        {%- set date_string = '26 Jul 2024' %}\n    {%- endif %}\n{%- endif %}\n"
         "{{- 'system: Today Date: ' + date_string + '\n\n' }}\n{%- for m in messages %}\n"
         "    {{- m['role'] + ':' + m['content'] | trim + eos_token }}\n{%- endfor %}",
@@ -1206,7 +1192,8 @@ def test_chats_are_written_by_the_folders_template(name, tmp_path):
     template, want, end = TEMPLATES[name]
     special = {"<s>": 256, "</s>": 257, "<|im_start|>": 258, "<|im_end|>": 259}
     vocab, names = {bytes([b]): b for b in range(256)}, {"bos_token": "<s>", "eos_token": "</s>"}
-    tokenizer = model_file.Tokenizer(vocab, [], "(?s:.)", special, 256, (257,), False, template, names)
+    tokenizer = model_file.Tokenizer(vocab, [], "(?s:.)", special, 256, (257,), False, template,
+                                     names)
     assert tokenizer.chat(ASKED) == want and tokenizer.end_of_turn == end
     assert tokenizer.eos_ids == ((257, 259) if end == "<|im_end|>" else (257,))
     answered = [*ASKED, {"role": "assistant", "content": "ok"}]
@@ -1243,30 +1230,18 @@ def test_chat_templates_and_odd_tokenizers(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     assert load_tokenizer(tmp_path).chat(ASKED) == "b"
     good = json.loads((tmp_path / "tokenizer.json").read_text())
-    split = lambda pattern: {
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [
-                {
-                    "type": "Split",
-                    "pattern": {"Regex": pattern},
-                    "behavior": "Isolated",
-                    "invert": False,
-                },
-                {"type": "ByteLevel", "use_regex": False},
-            ],
-        }
-    }
+    split = lambda pattern: {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "use_regex": False}]}}
     for change in ({"normalizer": {"type": "NFC"}}, split(5), split("(")):
         (tmp_path / "tokenizer.json").write_text(json.dumps(good | change))
         with pytest.raises(ValueError, match="tokenizer.json"):
             load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text(json.dumps(good | split("a+")))
-    tokenizer = load_tokenizer(tmp_path)
-    assert (
-        tokenizer.decode(tokenizer.encode("xaay")) == "xaay"
-    )  # what the pattern leaves out is not lost
-    added = [{"id": 901, "content": "aa"}, {"id": 902, "content": "aaa"}, {"id": 903, "content": "ab"}]
+    tokenizer = load_tokenizer(tmp_path)  # what the pattern leaves out is not lost
+    assert tokenizer.decode(tokenizer.encode("xaay")) == "xaay"
+    added = [{"id": 901, "content": "aa"}, {"id": 902, "content": "aaa"},
+             {"id": 903, "content": "ab"}]
     (tmp_path / "tokenizer.json").write_text(json.dumps(good | {"added_tokens": added}))
     tokenizer = load_tokenizer(tmp_path)  # as the hub: the first place, there the longest
     want = [902, 901, ids["b"], 903, 902, 902, ids["a"]]
@@ -1277,19 +1252,14 @@ def test_chat_templates_and_odd_tokenizers(tmp_path):
 
 def test_byte_tokenizer_and_broken_files(tmp_path):
     tokenizer = load_tokenizer(tmp_path)
-    assert (tokenizer.encode("é\n") == [0xC3, 0xA9, 10] and tokenizer.decode([0xC3, 0xA9]) == "é"
-            and tokenizer.bos_id == 256)
+    assert tokenizer.encode("é\n") == [0xC3, 0xA9, 10]
+    assert tokenizer.decode([0xC3, 0xA9]) == "é" and tokenizer.bos_id == 256
     (tmp_path / "config.json").write_text('{"vocab_size": 256}')
     assert load_tokenizer(tmp_path).bos_id is None
-    for text, words in (
-        ('{"model": {"type": "WordPiece"}}', "byte-level BPE"),
-        ("{}", "tokenizer.json"),
-        ("{", "JSON"),
-        (
-            '{"model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": {"type": "Metaspace"}}',
-            "Metaspace",
-        ),
-    ):
+    odd = {"model": {"type": "BPE", "vocab": {}, "merges": []},
+           "pre_tokenizer": {"type": "Metaspace"}}
+    for text, words in (('{"model": {"type": "WordPiece"}}', "byte-level BPE"), ("{", "JSON"),
+                        ("{}", "tokenizer.json"), (json.dumps(odd), "Metaspace")):
         (tmp_path / "tokenizer.json").write_text(text)
         with pytest.raises(ValueError, match=words):
             load_tokenizer(tmp_path)
@@ -1364,7 +1334,8 @@ def test_streaming_is_what_a_trimmed_cache_sees():
     want = model(tokens, prulong.by_mask(mask, [0, 40], sink, window))[19:]
     close(states @ model.head.T, want, 1e-12)
     held = [len(cache.positions(i, h)) for i in range(3) for h in range(2)]
-    assert held == [40, 8, 8, 8, 8, 40] and cache.positions(0, 1).tolist() == [0, 1, 2, *range(35, 40)]
+    assert held == [40, 8, 8, 8, 8, 40]
+    assert cache.positions(0, 1).tolist() == [0, 1, 2, *range(35, 40)]
     footprint = prulong.streaming_footprint(mask, 40, sink, window)
     assert abs(footprint - float(cache.footprint())) < 1e-12
 
@@ -1433,7 +1404,8 @@ def test_duo_loss():
     """Open gates cost only the price, as does a head whose streaming branch sees all; gates stay in
     [0, 1]."""
     model, batch = small(), collate([random_tokens(20)])
-    for teacher_branch, (window, only_price) in itertools.product((False, True), ((19, True), (5, False))):
+    cases = itertools.product((False, True), ((19, True), (5, False)))
+    for teacher_branch, (window, only_price) in cases:
         config = prulong.Duo.Config(sink=1, window=window, teacher_branch=teacher_branch)
         duo = prulong.Duo(model, config, 0)
         duo.a.data += 0.3
@@ -1556,7 +1528,8 @@ def test_facts_as_data():
     assert (passkeys.targets >= eval_tasks.ANSWER).sum() == 15
     assert (passkeys.targets != -100).view(3, 128)[:, :-11].sum() == 0
     model = answering(0)
-    facts = eval_tasks.fact_stream(np.random.default_rng((4, 2 ** 31)), 2, *eval_tasks.CURRICULUM[-1][:3])
+    facts = eval_tasks.fact_stream(np.random.default_rng((4, 2 ** 31)), 2,
+                                   *eval_tasks.CURRICULUM[-1][:3])
     best = model(facts.batch.tokens, causal(facts.batch.cu_seqlens)).argmax(1)
     right = (best[facts.query] == facts.batch.tokens[facts.query + 1]).float()
     far = facts.query - facts.fact >= 40
@@ -1610,7 +1583,8 @@ def test_reading_text(tmp_path, capsys):
     read = lambda spec: [row["text"] for row in train.Rows(str(spec))]
     assert read(tmp_path) == ["one", "more", "two"]
     bad, tokenizer = tmp_path / "bad.jsonl", model_file.byte_tokenizer()
-    own = lambda spec: train.own_data(filled(data=str(spec), seq_len=8), tokenizer, train.Rows(str(spec)))
+    own = lambda spec: train.own_data(filled(data=str(spec), seq_len=8), tokenizer,
+                                      train.Rows(str(spec)))
     for line in ("{", "[]", '{"text": 5}', '{"txt": 1}'):
         bad.write_text('{"text": "x"}\n' * 6 + line + "\n")
         with pytest.raises(ValueError, match="line 7"):
@@ -1633,13 +1607,14 @@ def test_reading_text(tmp_path, capsys):
     for path, words in ((bad, "bad.jsonl, line 2"), (tmp_path / "c.bin", "c.bin: not UTF-8")):
         with pytest.raises(ValueError, match=words):
             own(path)
-    assert read(tmp_path) == ["one", "more", "x", "hello", "two"]  # what can be read, and a line of it
+    assert read(tmp_path) == ["one", "more", "x", "hello", "two"]  # what can be read
     told = capsys.readouterr().err.splitlines()[-1]
     assert "2 files passed over" in told and "bad.jsonl, line 2" in told
     (tmp_path / "spaces.txt").write_text("a" + " " * 10 ** 6)
     made_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="spaces.txt: .*egex"):
-        train.own_data(filled(data="x"), load_tokenizer(tmp_path), train.Rows(str(tmp_path / "spaces.txt")))
+        train.own_data(filled(data="x"), load_tokenizer(tmp_path),
+                       train.Rows(str(tmp_path / "spaces.txt")))
     (tmp_path / "mds").mkdir()
     (tmp_path / "mds" / "index.json").write_text("{}")
     with pytest.raises(ValueError, match="MDS"):
@@ -1843,7 +1818,8 @@ def test_main_takes_methods_from_elsewhere(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "tiny_start", answering)
     flags = "--method near --beside lm --data facts --seq_len 64 --batch 2 --steps 2 --lr 0"
-    train.main([*flags.split(), "--eval_seqs", "2", "--eval_every", "1"], train.METHODS | {"near": Near})
+    train.main([*flags.split(), "--eval_seqs", "2", "--eval_every", "1"],
+               train.METHODS | {"near": Near})
     rows = [json.loads(line) for line in open("out/near/log.jsonl")]
     model, data = answering(0), eval_tasks.FactData(64, 2, 0, 2)
 
@@ -1885,8 +1861,8 @@ def test_text_end_to_end(tmp_path, monkeypatch, capsys):
         assert torch.equal(mask, prulong.load_heads(f"{out}/scores.tsv", 0.5))
         assert "held-out loss" in table["full cache"]
         assert not os.path.exists(f"{out}/model.safetensors")
-    tuned = ["--method", "prulong", *common, "--seq_len", "64", "--train", "weights", "--lr", "1e-3",
-             "--heads", "out/prulong/heads.tsv"]
+    tuned = ["--method", "prulong", *common, "--seq_len", "64", "--train", "weights", "--lr",
+             "1e-3", "--heads", "out/prulong/heads.tsv"]
     go(*tuned, "--out_dir", "out/tuned", "--target_sparsity", "0.9")
     learned = prulong.load_heads("out/prulong/heads.tsv")
     assert torch.equal(prulong.load_heads("out/tuned/heads.tsv"), learned)
@@ -2006,9 +1982,8 @@ def script(*args, cwd):
     return ended(start(*args, cwd=cwd), cwd)
 
 
-RESUMED = {
-    "lm": ARGS,
-    "prulong": [*ARGS, "--method", "prulong", "--train", "masks+weights", "--lr", "1e-3"]}
+RESUMED = {"lm": ARGS, "prulong": [*ARGS, "--method", "prulong", "--train", "masks+weights", "--lr",
+                                   "1e-3"]}
 
 
 def until_step(log, step, child):
@@ -2025,7 +2000,8 @@ def test_killed_run_resumes_in_the_same_bits(tmp_path, method):
     if method == "prulong":
         save_model(Llama(eval_tasks.TINY).init_weights(0), tmp_path / "out" / "tiny-seed0")
     whole = script(*args, "--out_dir", "whole", cwd=tmp_path)
-    child, log = start(*args, "--out_dir", "killed", cwd=tmp_path), tmp_path / "killed" / "log.jsonl"
+    child = start(*args, "--out_dir", "killed", cwd=tmp_path)
+    log = tmp_path / "killed" / "log.jsonl"
     until_step(log, 4, child)
     child.kill()
     child.join()
@@ -2043,7 +2019,8 @@ def test_killed_run_resumes_in_the_same_bits(tmp_path, method):
 
 
 def test_ctrl_c_says_where_resume_goes_on(tmp_path):
-    args, log = ["train.py", *ARGS, "--steps", "400", "--out_dir", "cut"], tmp_path / "cut" / "log.jsonl"
+    args = ["train.py", *ARGS, "--steps", "400", "--out_dir", "cut"]
+    log = tmp_path / "cut" / "log.jsonl"
     child = start(*args, cwd=tmp_path)
     until_step(log, 5, child)
     os.kill(child.pid, signal.SIGINT)
@@ -2125,11 +2102,12 @@ def train_one(rank, size, port, cwd, name, out, *more):
 
 
 def launch(target, size, *args):
-    """Exit codes of `size` processes that find each other, running target(rank, size, port, ...)."""
+    """Exit codes of `size` processes that find each other and run target(rank, size, port, ...)."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    children = [server.Process(target=target, args=(rank, size, port, *args)) for rank in range(size)]
+    children = [server.Process(target=target, args=(rank, size, port, *args))
+                for rank in range(size)]
     for child in children:
         child.start()
     for child in children:
@@ -2140,8 +2118,8 @@ def launch(target, size, *args):
 
 @pytest.mark.parametrize("name", TOGETHER)
 def test_several_processes_train_as_one(tmp_path, name):
-    """One, two, and two that share every sequence: the same losses within 1e-5, the same weights but
-    for rounding (Adam makes of the last bit of a gradient near 0 a step of either sign)."""
+    """One, two, and two that share every sequence: losses equal within 1e-5, weights but for
+    rounding (Adam makes of the last bit of a gradient near 0 a step of either sign)."""
     save_model(Llama(eval_tasks.TINY).init_weights(0), tmp_path / "tiny")
     runs = {"one": (1, []), "two": (2, [])}
     if TOGETHER[name][1]:
@@ -2163,7 +2141,7 @@ def test_several_processes_train_as_one(tmp_path, name):
             if not key.startswith("optimizer"):
                 gap = (other - tensor).abs().mean()
                 assert gap <= 1e-5 * max(1.0, tensor.abs().mean()), (out, key)
-        for file in (tmp_path / "one").glob("model.safetensors"):  # what is saved is what was learned
+        for file in (tmp_path / "one").glob("model.safetensors"):  # saved as it was learned
             a, b = load_file(file), load_file(tmp_path / out / file.name)
             assert a.keys() == b.keys()
             assert all((a[key] - b[key]).abs().mean() < 1e-5 for key in a)
@@ -2172,8 +2150,8 @@ def test_several_processes_train_as_one(tmp_path, name):
 
 def train_chats(rank, size, port, cwd):
     connected(rank, size, port, cwd)
-    train.main("--method sft --model model --data chats.jsonl --seq_len 64 --batch 1 --grad_accum 2 "
-               "--steps 2 --eval_every 1 --eval_seqs 2".split())
+    train.main("--method sft --model model --data chats.jsonl --seq_len 64 --batch 1 --steps 2 "
+               "--grad_accum 2 --eval_every 1 --eval_seqs 2".split())
 
 
 def test_chats_are_scored_while_processes_share_the_weights(tmp_path):
@@ -2192,7 +2170,7 @@ def test_chats_are_scored_while_processes_share_the_weights(tmp_path):
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
-    """Two processes go on from one's checkpoint and one from two's, with the losses of a whole run."""
+    """Two processes go on from one's checkpoint, one from two's, with the losses of a whole run."""
     assert launch(train_one, 1, str(tmp_path), "lm", "whole") == [0]
     want = [json.loads(line) for line in open(tmp_path / "whole" / "log.jsonl")]
     want = [row["loss"] for row in want if row["event"] == "step"]
@@ -2243,7 +2221,8 @@ def test_enough_budget_is_full_attention(n_head, n_kv_head):
     model, prompt = small(n_head=n_head, n_kv_head=n_kv_head), random_tokens(30)
     want = generate(model, prompt, 8)
     scorer = evict.LocretScorer(model.config, 8).double()
-    special = {"full": {}, "streaming": dict(sink=0, window=99), "locret": dict(budget=99, scorer=scorer),
+    special = {"full": {}, "streaming": dict(sink=0, window=99),
+               "locret": dict(budget=99, scorer=scorer),
                "heads": dict(heads=torch.ones(3, n_kv_head), window=1)}
     for policy, rule in evict.RULES.items():
         settings = special.get(policy, dict(budget=99))
@@ -2259,27 +2238,29 @@ def test_chunked_budgets_at_the_edges():
     """Chunks shorter than the window, budget 0, remainder 1, window longer than the prompt: exactly
     the budget is kept."""
     model, tokens = small(n_layer=1), random_tokens(33)
-    cases = itertools.product(("snapkv", "knorm"), (1, 4, 5, 16, 32, 33, 100), (0, 1, 4, 6, 40), (1, 4, 64))
+    cases = itertools.product(("snapkv", "knorm"), (1, 4, 5, 16, 32, 33, 100), (0, 1, 4, 6, 40),
+                              (1, 4, 64))
     for policy, chunk, budget, obs_window in cases:
         for patch in {False, policy == "snapkv"}:
-            cache = evict.make_cache(model, policy, budget=budget, chunk=chunk, obs_window=obs_window,
-                                     patch=patch)
+            cache = evict.make_cache(model, policy, budget=budget, chunk=chunk,
+                                     obs_window=obs_window, patch=patch)
             generate(model, tokens, 1, cache)
             q, r = divmod(33, chunk)
             assert held(cache) == [[q * min(budget, chunk) + min(budget, r)] * 2]
     cache = evict.make_cache(model, "snapkv", keep=0.29, obs_window=2)
     generate(model, random_tokens(100), 1, cache)
     assert held(cache) == [[29] * 2]
-    for policy, share, chunk in itertools.product(("snapkv", "pyramidkv", "knorm", "random"), (0.04, 0.25),
-                                                  (2, 16, None)):
+    for policy, share, chunk in itertools.product(("snapkv", "pyramidkv", "knorm", "random"),
+                                                  (0.04, 0.25), (2, 16, None)):
         cache = evict.make_cache(model, policy, keep=share, chunk=chunk, obs_window=1)
         generate(model, tokens, 1, cache)
         chunks = [min(chunk or 33, 33 - i) for i in range(0, 33, chunk or 33)]
         assert held(cache) == [[sum(max(1, int(share * n)) for n in chunks)] * 2]
-        assert cache.positions(0, 1)[-1] == 32, policy  # the prompt's last token, whatever its score
+        assert cache.positions(0, 1)[-1] == 32, policy  # the prompt's last token
+    scorer = evict.LocretScorer(model.config, 8).double()
     for policy in ("h2o", "tova", "random", "locret"):
-        scorer = dict(scorer=evict.LocretScorer(model.config, 8).double()) if policy == "locret" else {}
-        cache = evict.make_cache(model, policy, budget=1, **scorer)
+        more = dict(scorer=scorer) if policy == "locret" else {}
+        cache = evict.make_cache(model, policy, budget=1, **more)
         generate(model, tokens, 1, cache)
         assert cache.positions(0, 1).tolist() == [32]
     cache = evict.make_cache(model, "snapkv", budget=5, obs_window=9)
@@ -2472,17 +2453,18 @@ def test_a_prompt_beyond_the_training_length_and_a_poor_terminal(monkeypatch):
 
 
 def test_a_policy_that_spares_nothing_says_so(tmp_path, monkeypatch, capsys):
-    """Scores read without a sparsity, a window longer than the prompt, no chunk; not a real budget."""
+    """Scores without a sparsity, a window longer than the prompt, no chunk; not a real budget."""
     model = small(vocab_size=258, eos_ids=(257,)).float()
     save_model(model, tmp_path / "m")
     prulong.save_heads(tmp_path / "scores.tsv", torch.rand(3, 2) / 3 + 0.6)
-    for flags, said in (
-            (f"--heads {tmp_path / 'scores.tsv'} --sink 1 --window 4", True), ("--policy full", False),
-            ("--policy streaming --sink 1 --window 99", True), ("--policy snapkv --keep 0.25", True),
-            ("--policy streaming --sink 1 --window 4 --chunk 8", False),
-            ("--policy snapkv --keep 0.25 --chunk 8 --obs_window 2", False)):
-        monkeypatch.setattr(sys, "argv", ["model.py", "--model", str(tmp_path / "m"), "--prompt", "abc" * 20,
-                                          "--max_new_tokens", "2", "--chat", "none", *flags.split()])
+    for flags, said in ((f"--heads {tmp_path / 'scores.tsv'} --sink 1 --window 4", True),
+                        ("--policy full", False), ("--policy streaming --sink 1 --window 99", True),
+                        ("--policy snapkv --keep 0.25", True),
+                        ("--policy streaming --sink 1 --window 4 --chunk 8", False),
+                        ("--policy snapkv --keep 0.25 --chunk 8 --obs_window 2", False)):
+        monkeypatch.setattr(sys, "argv", ["model.py", "--model", str(tmp_path / "m"), "--prompt",
+                                          "abc" * 20, "--max_new_tokens", "2", "--chat", "none",
+                                          *flags.split()])
         model_file.main()
         assert ("spared next to nothing" in capsys.readouterr().err) == said, flags
 
@@ -2562,11 +2544,13 @@ def test_footprint_worked_examples():
     for got, cells, peak in by_hand:
         assert got == (Fraction(cells) / 136, Fraction(peak) / 16)
     n, m = 100000, 100
-    for percent, got in (
-            (99.80, f.streaming(n, m, n, 128, 1024)), (33.73, f.streaming(n, m, 32768, 128, 1024)),
-            (4.29, f.streaming(n, m, 2048, 128, 1024)), (53.6, f.heads(n, m, 32768, 128, 1024, 0.7)),
-            (37.1, f.heads(n, m, 8192, 128, 1024, 0.7)), (80.25, f.postfill(24000, 3000, 0)),
-            (34.5, f.chunked(n, m, 2048, round(0.3 * 2048), extra=64))):
+    for percent, got in ((99.80, f.streaming(n, m, n, 128, 1024)),
+                         (33.73, f.streaming(n, m, 32768, 128, 1024)),
+                         (4.29, f.streaming(n, m, 2048, 128, 1024)),
+                         (53.6, f.heads(n, m, 32768, 128, 1024, 0.7)),
+                         (37.1, f.heads(n, m, 8192, 128, 1024, 0.7)),
+                         (80.25, f.postfill(24000, 3000, 0)),
+                         (34.5, f.chunked(n, m, 2048, round(0.3 * 2048), extra=64))):
         assert abs(100 * float(got[0]) - percent) <= 0.051, (percent, float(got[0]))
     cells, peak = f.heads(n, m, 32768, 128, 1024, 0.7)
     assert abs(float(cells) - 0.536079) < 1e-6 and abs(float(peak) - 0.531820) < 1e-6
@@ -2661,7 +2645,8 @@ def test_real_llama_survives_a_round_trip(tmp_path):
 
 # --- tasks and scorers ---------------------------------------------------------------------------
 
-ROUTE = "From Sofia, take a bus to Riga.\nFrom Riga, take a train to Cork.\nFrom Cork, take a bus to Turin."
+ROUTE = ("From Sofia, take a bus to Riga.\nFrom Riga, take a train to Cork.\n"
+         "From Cork, take a bus to Turin.")
 GOOD_TABLE = "name\tprice\nRed Lamp\t$5\nOld Clock\t$45\n"
 CASES = [  # scorer, text (prefix and prediction), example, what the released scorers answer
     ("qa", "Answer: an apple", {"answer": ["The Apple!"]}, {"exact_match": 1, "f1": 1,
@@ -2711,74 +2696,53 @@ CASES = [  # scorer, text (prefix and prediction), example, what the released sc
     ("tom_tracking", "- step 0: (INITIAL STATE) {a}\n- Step 1: x",
      {"reference_output": "T:\n- Step 0: (initial state) {a}\n- Step 1: y"},
      {"accuracy": 0, "partial_accuracy": 0.5, "extraction_rate": 1})]
-CASES += [
-    (
-        "countdown",
-        text,
-        {
-            "item": {"nums": [8, 2, 4, 3], "target": 11},
-            "reference_output": "# Search Procedure\nI\n |- Pick two numbers (1, 2)\n"
-            "  |- Try 1 + 2 = 3. Evaluate 3 != 4, drop this branch.\n\nNow",
-        },
-        want,
-    )
-    for text, want in (
-        (
-            "<Solution>\n8 / 2 = 4\n4 * 3 = 12\n12 - 4 = 8\n</Solution>",
-            {"accuracy": 0, "extraction_rate": 1},
-        ),
-        ("<Solution>\n8 / 2 = 4\n 4 + 4=8\n8 + 3 = 11\n</Solution>", {"accuracy": 1}),
-        ("<Solution>\n8 / 2 = 4\n4 + 4 = 8\n8 + 3 = 11\n8 + 3 = 11\n</Solution>", {"accuracy": 0}),
-        ("<Solution>\n8 / 0 = 4\n9**9**9 = 1\n8 + 3 = 11\n</Solution>", {"accuracy": 0}),
-        (
-            "# Search Procedure\nI\n |- Pick two numbers (1, 2)\n  |- Try 1 + 2 = 9. drop this branch",
-            {"partial_accuracy": 0.5, "extraction_rate": 0},
-        ),
-        ("# Search Procedure\nI", {"partial_accuracy": -0.5}),
-        ("# Search Procedure\nJ", {"partial_accuracy": 0}),
-    )
-]
+SEARCH = "# Search Procedure\nI\n |- Pick two numbers (1, 2)\n"
+COUNTDOWN = {"item": {"nums": [8, 2, 4, 3], "target": 11}, "reference_output":
+             SEARCH + "  |- Try 1 + 2 = 3. Evaluate 3 != 4, drop this branch.\n\nNow"}
+CASES += [("countdown", text, COUNTDOWN, want) for text, want in (
+    ("<Solution>\n8 / 2 = 4\n4 * 3 = 12\n12 - 4 = 8\n</Solution>",
+     {"accuracy": 0, "extraction_rate": 1}),
+    ("<Solution>\n8 / 2 = 4\n 4 + 4=8\n8 + 3 = 11\n</Solution>", {"accuracy": 1}),
+    ("<Solution>\n8 / 2 = 4\n4 + 4 = 8\n8 + 3 = 11\n8 + 3 = 11\n</Solution>", {"accuracy": 0}),
+    ("<Solution>\n8 / 0 = 4\n9**9**9 = 1\n8 + 3 = 11\n</Solution>", {"accuracy": 0}),
+    (SEARCH + "  |- Try 1 + 2 = 9. drop this branch",
+     {"partial_accuracy": 0.5, "extraction_rate": 0}),
+    ("# Search Procedure\nI", {"partial_accuracy": -0.5}),
+    ("# Search Procedure\nJ", {"partial_accuracy": 0}))]
 
 
 def test_scorers_answer_as_the_released_ones():
     for name, text, example, want in CASES:
         got = eval_tasks.SCORERS[name](text, example)
         for key, value in want.items():
-            assert got[key] == (
-                value if isinstance(value, str) else pytest.approx(value, abs=1e-6)
-            ), (name, text, key, got)
+            value = value if isinstance(value, str) else pytest.approx(value, abs=1e-6)
+            assert got[key] == value, (name, text, key, got)
 
 
 def test_stemmer_and_rouge():
-    """Stems of Porter's own examples and of NLTK's extensions; ROUGE-L against every subsequence."""
+    """Stems of Porter's examples and of NLTK's extensions; ROUGE-L against every subsequence."""
     for words, stems in (
-        (
-            "caresses ponies ties caress cats feed agreed plastered bled motoring sing conflated troubled sized hopping falling",
-            "caress poni tie caress cat feed agre plaster bled motor sing conflat troubl size hop fall",
-        ),
-        (
-            "relational conditional valenci hesitanci digitizer conformabli radicalli happy sky dying news enjoy say ion",
-            "relat condit valenc hesit digit conform radic happi sky die news enjoy say ion",
-        ),
-        (
-            "triplicate formative formalize hopeful goodness revival allowance adjustable irritant replacement adoption rate "
-            "probate cease controll roll generalization oscillators analogical archaeology apologies died",
-            "triplic form formal hope good reviv allow adjust irrit replac adopt rate probat ceas control roll gener oscil analog "
-            "archaeolog apolog die",
-        ),
-    ):
-        assert [eval_tasks.stem(w) for w in words.split()] == stems.split()
+            ("caresses ponies ties caress cats feed agreed plastered bled motoring sing conflated",
+             "caress poni tie caress cat feed agre plaster bled motor sing conflat"),
+            ("troubled sized hopping falling relational conditional valenci hesitanci digitizer",
+             "troubl size hop fall relat condit valenc hesit digit"),
+            ("conformabli radicalli happy sky dying news enjoy say ion triplicate formative",
+             "conform radic happi sky die news enjoy say ion triplic form"),
+            ("formalize hopeful goodness revival allowance adjustable irritant replacement",
+             "formal hope good reviv allow adjust irrit replac"),
+            ("adoption rate probate cease controll roll generalization oscillators analogical archaeology "
+             "apologies died",
+             "adopt rate probat ceas control roll gener oscil analog archaeolog apolog die")):
+        assert [eval_tasks.stem(word) for word in words.split()] == stems.split()
     rng = np.random.default_rng(0)
     for _ in range(60):
         a, b = ([str(x) for x in rng.integers(0, 4, rng.integers(1, 8))] for _ in range(2))
         is_sub = lambda s, t: all(x in it for it in [iter(t)] for x in s)
-        longest = max(
-            len(s) for r in range(len(a) + 1) for s in itertools.combinations(a, r) if is_sub(s, b)
-        )
+        subsets = (s for r in range(len(a) + 1) for s in itertools.combinations(a, r))
+        longest = max(len(s) for s in subsets if is_sub(s, b))
         f1, recall = eval_tasks.rouge_l(" ".join(b), " ".join(a))
-        assert recall == pytest.approx(longest / len(a)) and f1 == pytest.approx(
-            2 * longest / (len(a) + len(b))
-        )
+        assert recall == pytest.approx(longest / len(a))
+        assert f1 == pytest.approx(2 * longest / (len(a) + len(b)))
 
 
 TEXT_TASKS = [name for name in eval_tasks.TASKS if name != "facts"]
@@ -2786,9 +2750,10 @@ TEXT_TASKS = [name for name in eval_tasks.TASKS if name != "facts"]
 
 def gold_text(name, example):
     kind = eval_tasks.TASKS[name].scorer
-    text = example.gold.get("reference_output") or (
-        " ".join(example.answer) if kind == "ruler_recall" else eval_tasks.flat(example.answer)[0]
-    )
+    first = eval_tasks.flat(example.answer)
+    text = example.gold.get("reference_output") or first[0]
+    if kind == "ruler_recall":
+        text = " ".join(first)
     return {"path_traversal": f"<Route>{text}</Route>",
             "html_to_tsv": f"```tsv\n{text}```"}.get(kind, " " + text)
 
@@ -2799,16 +2764,14 @@ def test_built_tasks_have_their_length_and_a_right_answer(name):
     tokenizer = model_file.byte_tokenizer()
     fitting = ((n, built(name, n, tokenizer)) for n in (4500, 16000, 80000))
     length, examples = next((n, found) for n, found in fitting if found)
-    assert eval_tasks.build(name, 1, length, 5, tokenizer) == examples[
-        :1
-    ] and examples != eval_tasks.build(name, 2, length, 6, tokenizer)
+    assert eval_tasks.build(name, 1, length, 5, tokenizer) == examples[:1]
+    assert eval_tasks.build(name, 2, length, 6, tokenizer) != examples
     for example in examples:
-        assert 0.98 * length <= len(example.prompt) <= length and tokenizer.decode(
-            example.prompt[1:]
-        ).endswith(example.prefix)
+        assert 0.98 * length <= len(example.prompt) <= length
+        assert tokenizer.decode(example.prompt[1:]).endswith(example.prefix)
         if not name.startswith("code") or shutil.which("g++"):
-            assert eval_tasks.score(name, gold_text(name, example),
-                                    example)["score"] == 1, (gold_text(name, example))
+            gold = gold_text(name, example)
+            assert eval_tasks.score(name, gold, example)["score"] == 1, gold
             assert eval_tasks.score(name, "", example)["score"] == 0
     with pytest.raises(ValueError, match="at least"):
         eval_tasks.build(name, 1, 10, 0, tokenizer)
@@ -2821,15 +2784,15 @@ def built(name, length, tokenizer):
 
 
 def test_built_tasks_are_the_same_everywhere():
-    """A fingerprint of all tasks, taken once: another machine or version must give the same prompts."""
+    """A fingerprint of all tasks, taken once: the same prompts on any machine, in any version."""
     prompts = [eval_tasks.build(name, 1, 6000, 1, model_file.byte_tokenizer())[0].prompt
                for name in TEXT_TASKS if name[-2:] not in ("2k", "8k")]
     assert hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16] == "da8a7096d19f9b05"
 
 
 def test_countdown_search_is_complete():
-    """A trace exists exactly where brute force finds a solution (integers below 2000, larger number first), and it is one."""
-
+    """A trace exists exactly where brute force finds a solution (integers below 2000, the larger
+    number first), and it is one."""
     def solvable(numbers, target):
         if len(numbers) == 1:
             return numbers[0] == target
@@ -2885,13 +2848,11 @@ def test_belief_traces_follow_from_the_story():
             if step or sentence == story[3]:  # two agents and two objects stand first
                 sees = lies[what].split("'s ")[0] == at[who]
                 belief = lies[what] if sees else belief
-                states.append(
-                    f"{{{who} location: {at[who]}; {what} location: {lies[what]}; {who} sees {what}: {sees}; "
-                    f"{who}'s belief on {what}: {belief}}}"
-                )
+                states.append(f"{{{who} location: {at[who]}; {what} location: {lies[what]}; "
+                              f"{who} sees {what}: {sees}; {who}'s belief on {what}: {belief}}}")
         lines = trace.split("\n")
-        assert ([line[line.index("{") :] for line in lines[1:-1]] == states and len(states) == 31
-                and lines[-1] == f"Final Answer: the {belief}")
+        assert [line[line.index("{"):] for line in lines[1:-1]] == states and len(states) == 31
+        assert lines[-1] == f"Final Answer: the {belief}"
 
 
 def test_travel_problems_have_one_plan():
@@ -2903,21 +2864,20 @@ def test_travel_problems_have_one_plan():
         flights, plans = {tuple(x) for x in item["connected_cities"]}, []
         for order in itertools.permutations(days):
             start = {c: 1 + sum(days[x] - 1 for x in order[:j]) for j, c in enumerate(order)}
-            if all(pair in flights for pair in zip(order, order[1:])) and all(
-                start[c] == day for c, day in fixed.items()
-            ):
+            flown = all(pair in flights for pair in zip(order, order[1:]))
+            if flown and all(start[c] == day for c, day in fixed.items()):
                 plans.append("**".join(order))
         assert plans == [item["ground_truth_cities"]]
-        assert eval_tasks.parse_plan(eval_tasks.tagged(trace, "Plan")) == [
-            (c, days[c]) for c in plans[0].split("**")
-        ]
+        plan = eval_tasks.parse_plan(eval_tasks.tagged(trace, "Plan"))
+        assert plan == [(c, days[c]) for c in plans[0].split("**")]
 
 
 def test_longproc_answers_are_read_as_released():
     """What stands before the first dash or tag, after a finished plan or in another alphabet."""
-    lines = eval_tasks.belief_lines("belief on the band-aid:\n  - first\n-\nthen\n- the second\n - no")
+    lines = eval_tasks.belief_lines("belief on the band-aid:\n  - first\n-\nso\n- the second\n - x")
     assert lines == [["first"], ["second"]]  # a dash within a line begins none
-    gold = "Al's belief on the band-aid:\n- Step 0: None\n- Step 1: hall\n- Step 2: loft\nFinal Answer: loft"
+    gold = ("Al's belief on the band-aid:\n- Step 0: None\n- Step 1: hall\n- Step 2: loft\n"
+            "Final Answer: loft")
     wrong = gold.replace("Step 1: hall", "Step 1: yard")
     for text, accuracy, credit in ((gold, 1, 1), (wrong, 0, 1 / 3)):  # as released
         got = eval_tasks.score_beliefs(text, {"reference_output": gold})
@@ -2957,8 +2917,9 @@ def test_helmet_rows_are_read_as_released(tmp_path):
         put("ruler/vt/validation_8192.jsonl", [row | example])
         assert eval_tasks.load("ruler_vt", str(tmp_path))[0].user.startswith(start)
     docs = [{"title": f"T{i}", "text": f"text {i}"} for i in range(6)]
-    spec = {"instruction": "Do.", "demo_sep": "###", "demo_prompt": "<{instruction}|{question}|"
-            "{context}|{answer}>", "demos": [{"question": q, "answer": "a", "docs": docs} for q in "xy"]}
+    spec = {"instruction": "Do.", "demo_sep": "###",
+            "demo_prompt": "<{instruction}|{question}|{context}|{answer}>",
+            "demos": [{"question": q, "answer": "a", "docs": docs} for q in "xy"]}
     put("prompts/asqa_revised.json", [spec])
     put("alce/asqa_eval_gtr_top2000.json", [[{"question": "Q", "docs": docs, "answer": "a",
                                               "qa_pairs": [{"short_answers": ["a"]}]}]])
@@ -2974,13 +2935,13 @@ def test_helmet_rows_are_read_as_released(tmp_path):
 
 
 def test_official_files_are_read_as_released(tmp_path):
-    """Rows, order, worked examples and prompt structure of HELMET and LongProc, and what a wrong folder is told."""
+    """Rows, order, worked examples and prompt structure of HELMET and LongProc, and what a wrong
+    folder is told."""
     ctx = lambda what, i: [{"title": f"{what} {i} {j}", "text": f"Text {j} about {what} {i}."}
                            for j in range(2)]
-    put = lambda name, rows: (
-        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True),
-        (tmp_path / name).write_text("\n".join(map(json.dumps, rows))),
-    )
+    def put(name, rows):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
     put("kilt/nq-dev-multikilt_1000_k50_dep6.jsonl",
         [{"question": f"Who wrote book {i}?", "answers": [f"Author {i}"], "ctxs": ctx("book", i)}
          for i in range(2)])
@@ -2988,32 +2949,28 @@ def test_official_files_are_read_as_released(tmp_path):
         [{"question": f"Which river is river {i}?", "answers": [f"River {i}"],
           "ctxs": ctx("river", i)} for i in (*range(7), 2)])
     example = eval_tasks.load("helmet:kilt_nq", str(tmp_path))[0]
-    river = (
-        "Document (Title: river {0} 0): Text 0 about river {0}.\n\nDocument (Title: river {0} 1): Text 1 about river {0}.\n\n"
-        "Question: Which river is river {0}?\nAnswer: River {0}\n\n"
-    )
+    river = ("Document (Title: river {0} 0): Text 0 about river {0}.\n\n"
+             "Document (Title: river {0} 1): Text 1 about river {0}.\n\n"
+             "Question: Which river is river {0}?\nAnswer: River {0}\n\n")
     assert example.user.endswith(
         river.format(6) + river.format(2) + "Document (Title: book 0 0): Text 0 about book 0.\n\n"
-        "Document (Title: book 0 1): Text 1 about book 0.\n\nQuestion: Who wrote book 0?"
-    )
-    assert (example.prefix == "Answer:"
-            and eval_tasks.score("helmet:kilt_nq", " author 0", example)["score"] == 1)
-    cut = eval_tasks.load("kilt_nq", str(tmp_path), length=len(example.prompt) + 20 - 9)[
-        0
-    ]  # 20 tokens are for the answer
-    assert (cut.n_cut == 9 and len(cut.prompt) == len(example.prompt) - 9
-            and cut.user.endswith("Text 1 abou\n\nQuestion: Who wrote book 0?"))
+        "Document (Title: book 0 1): Text 1 about book 0.\n\nQuestion: Who wrote book 0?")
+    assert example.prefix == "Answer:"
+    assert eval_tasks.score("helmet:kilt_nq", " author 0", example)["score"] == 1
+    n = len(example.prompt)
+    cut = eval_tasks.load("kilt_nq", str(tmp_path), length=n + 20 - 9)[0]  # 20 for the answer
+    assert cut.n_cut == 9 and len(cut.prompt) == n - 9
+    assert cut.user.endswith("Text 1 abou\n\nQuestion: Who wrote book 0?")
     (tmp_path / "path_traversal").mkdir()
     with pytest.raises(FileNotFoundError, match="prompts.yaml.*LongProc"):
         eval_tasks.load("longproc:path_traversal_0.5k", str(tmp_path))
     (tmp_path / "path_traversal" / "prompts.yaml").write_text(
-        "USER_PROMPT: |-\n  Map {{x}}:\n  {city_context}\n\n  From {src_city} to {dst_city}.\n"
-    )
+        "USER_PROMPT: |-\n  Map {{x}}:\n  {city_context}\n\n  From {src_city} to {dst_city}.\n")
     paths = [{"context_nl": "C", "question_repr": ["A", "B"], "answer_nl": ROUTE}]
     (tmp_path / "path_traversal" / "path_traversal_0.5k.json").write_text(json.dumps(paths))
-    (example,) = eval_tasks.load("longproc:path_traversal_0.5k", str(tmp_path))
-    assert (example.user == "Map {x}:\nC\n\nFrom A to B." and example.answer == ROUTE
-            and example.max_new_tokens == 1024)
+    example, = eval_tasks.load("longproc:path_traversal_0.5k", str(tmp_path))
+    assert example.user == "Map {x}:\nC\n\nFrom A to B."
+    assert example.answer == ROUTE and example.max_new_tokens == 1024
     put("ruler/vt/validation_8192.jsonl",
         [{"context": "C", "query": "q", "num_v": 1, "example": "e", "answer": []}])
     with pytest.raises(ValueError, match="vt/validation_8192.jsonl: not ruler_vt's rows"):
@@ -3027,7 +2984,7 @@ def test_official_files_are_read_as_released(tmp_path):
 
 
 def test_rows_that_a_benchmark_ships_are_read(tmp_path):
-    """A control character in code, an empty alias among others; HELMET's seed draws the questions."""
+    """A control character in code, an empty alias among others; the seed draws the questions."""
     folder = tmp_path / "pseudo_to_code"
     folder.mkdir()
     (folder / "prompts.yaml").write_text("USER_PROMPT: |-\n  {pseudocode}\n")
@@ -3036,7 +2993,8 @@ def test_rows_that_a_benchmark_ships_are_read(tmp_path):
     (folder / "pseudo_to_code_2k.json").write_text(json.dumps([row]))
     assert eval_tasks.load("longproc:pseudo_to_code_2k", str(tmp_path))[0].user == "print \x7f"
     (tmp_path / "kilt").mkdir()
-    rows = [{"id": f"q{i}", "question": f"Who {i}?", "answers": ["", "Al"], "ctxs": []} for i in range(9)]
+    rows = [{"id": f"q{i}", "question": f"Who {i}?", "answers": ["", "Al"], "ctxs": []}
+            for i in range(9)]
     for name in ("dev-multikilt_1000_k50", "train-multikilt_1000_k3"):
         lines = "\n".join(map(json.dumps, rows))
         (tmp_path / f"kilt/nq-{name}_dep6.jsonl").write_text(lines)
@@ -3048,29 +3006,29 @@ def test_rows_that_a_benchmark_ships_are_read(tmp_path):
 def test_balanced_shots():
     rows = [{"text": str(i), "label": i % 3} for i in range(10)]
     shots = eval_tasks.balanced(rows, "label", 8, 1)
-    assert [sorted(r["label"] for r in shots[i : i + 3]) for i in (0, 3)] == [
-        [0, 1, 2]
-    ] * 2 and len({r["text"] for r in shots}) == 8
+    assert [sorted(r["label"] for r in shots[i:i + 3]) for i in (0, 3)] == [[0, 1, 2]] * 2
+    assert len({r["text"] for r in shots}) == 8
 
 
 def test_bm25_by_definition():
-    """Every score by the formula, with a word in most documents (its idf is negative), and ties: the later document first."""
+    """Every score by the formula, with a word in most documents (its idf is negative), and ties:
+    the later document first."""
     rng = np.random.default_rng(0)
-    docs = [
-        " ".join(f"w{int(x)}" for x in rng.zipf(1.5, rng.integers(1, 30)) if x < 40)
-        for _ in range(50)
-    ] + ["w1 w2", "w1 w2"]
+    drawn = [rng.zipf(1.5, rng.integers(1, 30)) for _ in range(50)]
+    docs = [" ".join(f"w{x}" for x in words if x < 40) for words in drawn] + ["w1 w2", "w1 w2"]
     index, texts = eval_tasks.BM25(docs), [d.split() for d in docs]
     df = {w: sum(w in t for t in texts) for t in texts for w in t}
     idf = {w: math.log(52 - n + 0.5) - math.log(n + 0.5) for w, n in df.items()}
     floor = 0.25 * sum(idf.values()) / len(idf)
     assert min(idf.values()) < 0
     mean = sum(map(len, texts)) / 52
+
+    def score(word, text):
+        tf, weight = text.count(word), idf[word] if idf[word] >= 0 else floor
+        return weight * tf * 2.5 / (tf + 1.5 * (0.25 + 0.75 * len(text) / mean))
     for query in ("w1 w2 w2 w7", "w3", "unknown w5"):
-        want = [sum((idf[w] if idf[w] >= 0
-                     else floor) * t.count(w) * 2.5 / (t.count(w)
-                                                       + 1.5 * (0.25 + 0.75 * len(t) / mean))
-                    for w in query.split() if w in idf) for t in texts]
+        known = [word for word in query.split() if word in idf]
+        want = [sum(score(word, text) for word in known) for text in texts]
         close(torch.tensor(index.scores(query)), torch.tensor(want, dtype=torch.float64), 1e-9)
         order = sorted(range(52), key=lambda i: (index.scores(query)[i], i), reverse=True)
         for k in (1, 5, 52, 99):
@@ -3086,9 +3044,8 @@ def test_listwise_reranking_and_metrics():
         return " > ".join(f"[{i}]" for i, _ in sorted(found, key=lambda x: -int(x[1])))
 
     order = eval_tasks.listwise(ask, "q", texts)
-    assert sorted(order) == list(range(23)) and [texts[i] for i in order[:5]] == [
-        f"passage {i}" for i in range(22, 17, -1)
-    ]
+    assert sorted(order) == list(range(23))
+    assert [texts[i] for i in order[:5]] == [f"passage {i}" for i in range(22, 17, -1)]
     got = eval_tasks.retrieval_metrics([4, 7, 1, 9, 8, 2], {7, 2})
     assert got == {"recall@5": 0.5, "recall@20": 1, "mrr": 0.5,
                    "ndcg@10": pytest.approx((1 / math.log2(3)
@@ -3098,9 +3055,8 @@ def test_listwise_reranking_and_metrics():
 @pytest.mark.skipif(not shutil.which("g++"), reason="wants g++")
 def test_generated_code_runs_within_limits(tmp_path, monkeypatch):
     """Endless loops, floods of output and memory hogs score 0 in time, and no network is there."""
-    run_it = lambda body: eval_tasks.score_code(
-        f"```cpp\n{body}\n```", {"item": {"testcases": [[["1 2"], ["3"]]]}}
-    )["accuracy"]
+    tests = {"item": {"testcases": [[["1 2"], ["3"]]]}}
+    run_it = lambda body: eval_tasks.score_code(f"```cpp\n{body}\n```", tests)["accuracy"]
     assert run_it("int main() { int a, b; cin >> a >> b; cout << a + b << endl; }") == 1
     start = time.perf_counter()
     for body in ("int main() { for (;;); }", "int main() { for (;;) cout << 3 << endl; }",
@@ -3115,14 +3071,14 @@ def test_generated_code_runs_within_limits(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="within the limits"):
             run_it("int main() {}")
     if eval_tasks.has_namespaces():
-        nets = eval_tasks.run_limited([sys.executable, "-I", "-c",
-                                       "import socket; print(socket.if_nameindex())"],
-                                      str(tmp_path), "", 5)
-        assert nets == "[(1, 'lo')]\n"
+        here = str(tmp_path)
+        run_here = lambda code: eval_tasks.run_limited(
+            [sys.executable, "-I", "-c", code], here, "", 5)
+        assert run_here("import socket; print(socket.if_nameindex())") == "[(1, 'lo')]\n"
         mark = tmp_path / "mark"  # a daemon that would write after the command's end
-        daemon = f"import os, time\nif os.fork() == 0:\n    os.setsid(); time.sleep(1.5); open({str(mark)!r}, 'w')"
-        assert (eval_tasks.run_limited([sys.executable, "-I", "-c", daemon], str(tmp_path), "", 5)
-                == "")
+        daemon = (f"import os, time\nif os.fork() == 0:\n    os.setsid(); time.sleep(1.5)\n"
+                  f"    open({str(mark)!r}, 'w')")
+        assert run_here(daemon) == ""
         time.sleep(2)
         assert not mark.exists()
 
@@ -3195,7 +3151,8 @@ def test_a_comment_changes_no_fingerprint(tmp_path):
     that begins with a call."""
     code = tmp_path / "rule.py"
     prints = []
-    for text in ('def f():\n    """a"""\n    return 1\n', 'def f():\n    """b"""  # c\n    return 1\n',
+    for text in ('def f():\n    """a"""\n    return 1\n',
+                 'def f():\n    """b"""  # c\n    return 1\n',
                  'def f():\n    """a"""\n    return 2\n', "def f():\n    g(1)\n",
                  "def f():\n    g(2)\n"):
         code.write_text(text)
@@ -3224,7 +3181,8 @@ def test_chat_and_length_are_as_asked(tmp_path, monkeypatch):
     plain, = eval_tasks.examples_of(config(prefix_host="a.org"), "niah_s", 800, tokenizer)
     assert tokenizer.decode(plain.prompt).startswith("URL: a.org\n\n")
     assert 0.98 * 800 <= len(plain.prompt) <= 800
-    lengths = eval_tasks.jobs(config(tasks="niah_s,longproc:x,litsearch:bm25,niah_s", lengths="5,6,5"))
+    lengths = eval_tasks.jobs(config(tasks="niah_s,longproc:x,litsearch:bm25,niah_s",
+                                     lengths="5,6,5"))
     assert lengths == [("niah_s", 5), ("niah_s", 6), ("longproc:x", 0), ("litsearch:bm25", 0)]
 
 
