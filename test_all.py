@@ -1171,7 +1171,8 @@ TEMPLATES = {
         "<|im_start|>assistant\n", "<|im_end|>"),
     "Llama 3.2: the date, trimmed turns": (
         "{{- bos_token }}\n{%- if not date_string is defined %}\n"
-        "    {%- if strftime_now is defined %}\n        {%- set date_string = strftime_now('%d %b %Y') %}\n    {%- else %}\n"
+        "    {%- if strftime_now is defined %}\n"
+        "        {%- set date_string = strftime_now('%d %b %Y') %}\n    {%- else %}\n"
         "        {%- set date_string = '26 Jul 2024' %}\n    {%- endif %}\n{%- endif %}\n"
         "{{- 'system: Today Date: ' + date_string + '\n\n' }}\n{%- for m in messages %}\n"
         "    {{- m['role'] + ':' + m['content'] | trim + eos_token }}\n{%- endfor %}",
@@ -2730,9 +2731,9 @@ def test_stemmer_and_rouge():
              "conform radic happi sky die news enjoy say ion triplic form"),
             ("formalize hopeful goodness revival allowance adjustable irritant replacement",
              "formal hope good reviv allow adjust irrit replac"),
-            ("adoption rate probate cease controll roll generalization oscillators analogical archaeology "
-             "apologies died",
-             "adopt rate probat ceas control roll gener oscil analog archaeolog apolog die")):
+            ("adoption rate probate cease controll roll generalization oscillators analogical",
+             "adopt rate probat ceas control roll gener oscil analog"),
+            ("archaeology apologies died", "archaeolog apolog die")):
         assert [eval_tasks.stem(word) for word in words.split()] == stems.split()
     rng = np.random.default_rng(0)
     for _ in range(60):
