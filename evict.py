@@ -487,13 +487,12 @@ class LocretTraining(Method):
 
     def rows(self, model, data, before, runs, out_dir):
         """The loss of each run's scorer on one batch far behind those of training."""
-        rows, batch = [], data.batch(10 ** 9)
+        batch = data.batch(10 ** 9)
         batch = batch._replace(tokens=batch.tokens.to(model.head.device))
         for name, (method, m) in runs.items():
             with torch.no_grad():
                 loss, _ = method.loss(m, batch, 0, 1)
-            rows.append((name, {"loss": loss.item()}))
-        return rows
+            yield name, {"loss": loss.item()}
 
     def save(self, model, out_dir):
         path = os.path.join(out_dir, "scorer.safetensors")

@@ -158,15 +158,14 @@ class MeCo(Method):
         return conditioned_losses(model, data.exams, self.config.first_tokens)
 
     def before(self, model, data):
-        return self.evaluate(model, data)
+        return self.evaluate(model, data) | data.steering(model)
 
     def rows(self, model, data, before, runs, out_dir):
         """Losses with no, the right and the wrong metadata, on the same document tokens; on site
         tables also how well a model obeys a host."""
-        rows = [("before", before)]
-        for name, (method, m) in runs.items():
-            rows.append((name, self.evaluate(m, data) | data.steering(m)))
-        return rows
+        yield "before", before
+        for name, (_, m) in runs.items():
+            yield name, self.evaluate(m, data) | data.steering(m)
 
 
 @torch.no_grad()

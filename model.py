@@ -470,10 +470,12 @@ class Method(nn.Module):
         """Scores during and after training."""
         return data.scores(model, self.attend)
 
-    def rows(self, model, data, before, runs, out_dir) -> list:
-        """The report, [(row's name, {column: number})]. runs: {name: (method, its model)}."""
-        after = [(name, method.evaluate(m, data)) for name, (method, m) in runs.items()]
-        return [("before", before), *after]
+    def rows(self, model, data, before, runs, out_dir):
+        """Yield the report, (row's name, {column: number}), all rows with the columns of the first.
+        runs: {name: (method, its model)}."""
+        yield "before", before
+        for name, (method, m) in runs.items():
+            yield name, method.evaluate(m, data)
 
     def save(self, model, out_dir) -> list:
         """Write what was learned; returns the paths."""

@@ -146,16 +146,15 @@ class Heads(Method):
         masks = {name: method.mask() for name, (method, _) in runs.items()}
         draw_map(os.path.join(out_dir, "heads.svg"), masks)
         full = torch.ones_like(next(iter(masks.values())))
-        rows = [("full cache", self.score_mask(full, model, data))]
+        yield "full cache", self.score_mask(full, model, data)
         for name, mask in masks.items():
-            rows.append((name, self.score_mask(mask, runs[name][1], data)))
+            yield name, self.score_mask(mask, runs[name][1], data)
         drawn = [torch.rand(full.shape, generator=rng) for _ in range(c.n_random)]
         drawn = [discretise(scores, c.target_sparsity) for scores in drawn]
         others = [self.score_mask(mask, model, data) for mask in drawn]
         for name, pick in (("mean", np.mean), ("lowest", min), ("highest", max)):
             values = {key: float(pick([row[key] for row in others])) for key in others[0]}
-            rows.append((f"{name} of {c.n_random} random masks", values))
-        return rows
+            yield f"{name} of {c.n_random} random masks", values
 
     def save(self, model, out_dir):
         """The mask, the scores, and what DuoAttention's config.json says of sink and window."""

@@ -73,8 +73,18 @@ def kernels_interpreted():
 
 def prulong_from_nothing():
     with tempfile.TemporaryDirectory() as folder:
-        return python(os.path.join(HERE, "train.py"), "--method", "prulong", "--n_random", "4",
+        done = python(os.path.join(HERE, "train.py"), "--method", "prulong", "--n_random", "4",
                       cwd=folder, OMP_NUM_THREADS="1")
+        return table_of(done.stdout, folder)
+
+
+def table_of(stdout, folder="."):
+    """The table of a run of train.py: its last line names the log, whose last line has it."""
+    last = json.loads(stdout.splitlines()[-1])
+    with open(os.path.join(folder, last["log"])) as log:
+        table = json.loads(log.readlines()[-1])["rows"]
+    assert last["rows"] == {name: table[name] for name in last["rows"]}
+    return table
 
 
 LONG = {"test_kernels_interpreted": kernels_interpreted,
@@ -1666,7 +1676,7 @@ def test_conversations_train_the_assistants_words_only(tmp_path, monkeypatch, ca
     args = "--model m --data c.jsonl --seq_len 200 --steps 8 --eval_seqs 4 --lr 0.01".split()
     for method in (["sft"], ["vlorp", "--granularity", "8"]):
         train.main(["--method", *method, *args])
-        rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+        rows = table_of(capsys.readouterr().out)
         assert rows[method[0]]["held-out loss"] < rows["before"]["held-out loss"]
     (tmp_path / "m/tokenizer_config.json").unlink()  # a base model: no template
     (tmp_path / "m/generation_config.json").write_text('{"eos_token_id": 5}')
@@ -1832,7 +1842,7 @@ def test_main_takes_methods_from_elsewhere(tmp_path, monkeypatch, capsys):
                               weights=batch.weights).item() for attend in (slow, causal))
     assert rows[1]["loss"] == pytest.approx(near, abs=1e-6)
     assert rows[1]["loss"] != pytest.approx(plain, abs=1e-6)
-    table = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    table = table_of(capsys.readouterr().out)
     want = data.scores(model, slow)["recall"]
     assert table["near"]["recall"] == pytest.approx(want, abs=1e-4)
     assert table["lm"] == table["before"] and [r["event"] for r in rows].count("eval") == 2
@@ -1853,7 +1863,7 @@ def test_text_end_to_end(tmp_path, monkeypatch, capsys):
 
     def go(*args):
         train.main([*args])
-        return json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+        return table_of(capsys.readouterr().out)
     duo = "--method duo --seq_len 700 --needles 2 --words 3".split()
     for args in (["--method", "prulong", "--seq_len", "64"], duo):
         table, out = go(*args, *common), f"out/{args[1]}"
@@ -2016,7 +2026,8 @@ def test_killed_run_resumes_in_the_same_bits(tmp_path, method):
         a, b = (load_file(tmp_path / out / name) for out in ("whole", "killed"))
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     assert [row["step"] for row in logged(log, "step")] == list(range(12))
-    assert whole.stdout.splitlines()[-1] == again.stdout.splitlines()[-1]
+    ends = [logged(tmp_path / out / "log.jsonl", "end")[-1]["rows"] for out in ("whole", "killed")]
+    assert ends[0] == ends[1]
 
 
 def test_ctrl_c_says_where_resume_goes_on(tmp_path):
@@ -3245,7 +3256,7 @@ def trained(capsys, line):
     """The table of a run of train.py, from its last line: one JSON object."""
     capsys.readouterr()
     train.main(line.split())
-    return json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    return table_of(capsys.readouterr().out)
 
 
 def made(line):
@@ -4272,8 +4283,7 @@ def test_kernels_interpreted(beside):
 
 def test_prulong_beats_random_masks(beside):
     """The claim itself, on the tiny model: 3 of 12 heads recall what 12 do, random ones do not."""
-    done = beside["test_prulong_beats_random_masks"].result()
-    table = json.loads(done.stdout.splitlines()[-1])["rows"]
+    table = beside["test_prulong_beats_random_masks"].result()
     recall = {name: row["far recall"] for name, row in table.items()}
     assert recall["full cache"] > 0.98 and recall["prulong"] > 0.95 and recall["duo"] > 0.95
     assert recall["mean of 4 random masks"] < 0.6

@@ -738,23 +738,25 @@ def save(method, model, args, out_dir):
 
 
 def report(finished, before, data, args):
-    """The method's table, and as the last line one JSON object."""
+    """The method's table, row by row as it is computed; the last line is a short JSON object. The
+    log has the whole table."""
     method, model = finished[args.method]
-    before_files = set(os.listdir(args.out_dir))
+    before_files, table = set(os.listdir(args.out_dir)), {}
     with autocast(args):
-        rows = method.rows(model, data, before, finished, args.out_dir)
+        for name, values in method.rows(model, data, before, finished, args.out_dir):
+            if not table:
+                columns = list(values)
+                print("\n| | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
+            cells = [f"{values[column]:.3f}" for column in columns]
+            print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+            table[name] = {column: round(float(values[column]), 5) for column in columns}
     new = sorted(set(os.listdir(args.out_dir)) - before_files)
+    log = os.path.join(args.out_dir, "log.jsonl")
+    write_log(log, event="end", rows=table, paths=new)
     for name in new:
         print(f"saved {os.path.join(args.out_dir, name)}")
-    columns = list(dict.fromkeys(name for _, values in rows for name in values))
-    print("\n| | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
-    for name, values in rows:
-        cells = [f"{values[c]:.3f}" if c in values else "" for c in columns]
-        print(f"| {name} | " + " | ".join(cells) + " |")
-    table = {name: {k: round(float(v), 5) for k, v in values.items()} for name, values in rows}
-    write_log(os.path.join(args.out_dir, "log.jsonl"), event="end", rows=table, paths=new)
-    print()
-    print(json.dumps({"method": args.method, "seed": args.seed, "rows": table}))
+    about = {"method": args.method, "seed": args.seed, "log": log}
+    print(f"\n{json.dumps(about | {'rows': {name: table[name] for name in finished}})}")
 
 
 # --- several processes ---------------------------------------------------------------------------
