@@ -171,11 +171,12 @@ class MeCo(Method):
 @torch.no_grad()
 def conditioned_losses(model, exams, first) -> dict:
     """Loss [nats / token] with no, the right and the wrong metadata, of all scored tokens and of
-    the `first` ones of each document. exams: of each document {condition: (ids, mask of the tokens
-    to score)}; the scored ones are the same."""
-    sums = {name: np.zeros(4) for name in exams[0]}
+    the `first` ones of each document, if one has more. exams: of each document {condition: (ids,
+    mask of the tokens to score)}; the scored ones are the same."""
+    sums, longest = {name: np.zeros(4) for name in exams[0]}, 0
     for document in exams:
         n_scored = min(int(mask.sum()) for _, mask in document.values())
+        longest = max(longest, n_scored)
         for name, (ids, mask) in document.items():  # some score a token more: the last are common
             at = mask.nonzero()[-n_scored:, 0].to(model.head.device)
             ids = ids.to(model.head.device)
@@ -185,7 +186,7 @@ def conditioned_losses(model, exams, first) -> dict:
             sums[name] += [nll.sum().item(), len(nll), early.sum().item(), len(early)]
     losses = {name: total / n for name, (total, n, _, _) in sums.items()}
     early = {f"{name}, first {first}": total / n for name, (_, _, total, n) in sums.items()}
-    return losses | early
+    return losses | early if longest > first else losses
 
 
 # --- pages with URLs -----------------------------------------------------------------------------
