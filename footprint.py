@@ -180,11 +180,14 @@ def masks(config) -> list:
     return [load_heads(path) for path in paths]
 
 
+PATCHED = ("snapkv+patch", "pyramidkv+patch")
+
+
 def points(config, model, length):
     """(curve, settings for make_cache) of every point of the sweep; what cannot run is said."""
     yield "full", dict(policy="full")
     shares = [float(x) for x in config.shares.split(",")]
-    curves = config.curves or ",".join([*RULES, "snapkv+patch", "pyramidkv+patch"])
+    curves = config.curves or ",".join([*RULES, *PATCHED])
     for curve in dict.fromkeys(curves.split(",")):
         policy, _, patch = curve.partition("+")
         rule, settings = RULES[policy], dict(policy=policy)
@@ -265,7 +268,9 @@ def plot(path, curves, title, goal):
     x = lambda value: left + width * value
     y = lambda value: top + height * (1 - value / 1.05)
     out = [f'<text x="{left}" y="22" font-size="14">{html.escape(title)}</text>',
-           f'<text x="{x(0.5)}" y="{top + height + 36}" text-anchor="middle">KV footprint</text>']
+           f'<text x="{x(0.5)}" y="{top + height + 36}" text-anchor="middle">KV footprint</text>',
+           f'<text transform="translate(16 {y(0.5)}) rotate(-90)" text-anchor="middle">score</text>']
+    known = list(dict.fromkeys([*RULES, *PATCHED, *curves]))  # a method has one colour everywhere
     for i in range(6):
         a = i / 5
         out += [f'<path d="M{x(a)} {y(0)}V{top}M{left} {y(a)}H{x(1)}" stroke="#e5e5e5"/>',
@@ -273,7 +278,7 @@ def plot(path, curves, title, goal):
                 f'<text x="{left - 8}" y="{y(a) + 4}" text-anchor="end">{a:g}</text>']
     out.append(f'<path d="M{left} {y(goal)}H{x(1)}" stroke="#555" stroke-dasharray="5 4"/>')
     for i, (name, points) in enumerate(curves.items()):
-        colour, points = COLOURS[i % len(COLOURS)], sorted(points)
+        colour, points = COLOURS[known.index(name) % len(COLOURS)], sorted(points)
         line = "L".join(f"{x(a):.1f} {y(b):.1f}" for a, b in points)
         out.append(f'<path d="M{line}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
         out += [f'<circle cx="{x(a):.1f}" cy="{y(b):.1f}" r="2.6" fill="{colour}"/>'

@@ -152,9 +152,12 @@ class Heads(Method):
         drawn = [torch.rand(full.shape, generator=rng) for _ in range(c.n_random)]
         drawn = [discretise(scores, c.target_sparsity) for scores in drawn]
         others = [self.score_mask(mask, model, data) for mask in drawn]
-        for name, pick in (("mean", np.mean), ("lowest", min), ("highest", max)):
+        kinds = {"mean": np.mean, "lowest": min, "highest": max}
+        for name, pick in kinds.items() if c.n_random > 1 else ():
             values = {key: float(pick([row[key] for row in others])) for key in others[0]}
             yield f"{name} of {c.n_random} random masks", values
+        if c.n_random == 1:
+            yield "a random mask", others[0]
 
     def save(self, model, out_dir):
         """The mask, the scores, and what DuoAttention's config.json says of sink and window."""
