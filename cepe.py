@@ -302,6 +302,8 @@ class Expand(Method):
     """Three phases in one run: the encoder fills in masked tokens; encoder and decoder read the
     same tokens; the encoder reads what came before."""
 
+    own_attention = True
+
     @dataclass
     class Config:
         context: int | None = flag(None, "tokens of each sequence for the encoder, the rest is the "

@@ -47,7 +47,7 @@ class Full(Everything):
 
     def spread(self, config):
         """The rule of each layer and KV head."""
-        return [[self] * config.n_kv_head] * config.n_layer
+        return [[Everything(config.window)] * config.n_kv_head] * config.n_layer
 
 
 class Ring(Full):
@@ -56,9 +56,12 @@ class Ring(Full):
     ring = True
 
     def __init__(self, settings):
-        super().__init__(settings)
+        self.settings = settings
         self.sink = 128 if settings.sink is None else settings.sink
         self.window = settings.window or 1024
+
+    def spread(self, config):
+        return [[self] * config.n_kv_head] * config.n_layer
 
     def room(self, layer, held, seen, chunks, new):
         return self.sink + self.window
@@ -101,13 +104,16 @@ class Rule(Full):
     total = False  # judge everything that is held, after every step
 
     def __init__(self, settings):
-        super().__init__(settings)
+        self.settings = settings
         if (settings.budget is None) == (settings.keep is None):
             raise ValueError(f"policy {settings.policy} needs either a budget or keep")
         if settings.decode_every and not self.total and self.decode_budget() is None:
             raise ValueError("decode_every with keep needs decode_budget")
         self.every = settings.decode_every
         self.every_token = self.total or bool(self.every)
+
+    def spread(self, config):
+        return [[self] * config.n_kv_head] * config.n_layer
 
     @staticmethod
     def sweep(share, length):
@@ -449,6 +455,8 @@ def load_scorer(path, model) -> LocretScorer:
 class LocretTraining(Method):
     """Learns the scorer: it regresses, for each token of a context, the largest logit that any
     query of the answer gives it. The answer is a document's last tokens."""
+
+    own_attention = True
 
     @dataclass
     class Config:

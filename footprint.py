@@ -269,7 +269,7 @@ def plot(path, curves, title, goal):
     y = lambda value: top + height * (1 - value / 1.05)
     out = [f'<text x="{left}" y="22" font-size="14">{html.escape(title)}</text>',
            f'<text x="{x(0.5)}" y="{top + height + 36}" text-anchor="middle">KV footprint</text>',
-           f'<text transform="translate(16 {y(0.5)}) rotate(-90)" text-anchor="middle">score</text>']
+           f'<text transform="translate(16 {y(0.5)}) rotate(-90)">score</text>']
     known = list(dict.fromkeys([*RULES, *PATCHED, *curves]))  # a method has one colour everywhere
     for i in range(6):
         a = i / 5

@@ -40,10 +40,14 @@ from attention_triton import attention, decode
 # --- configuration -------------------------------------------------------------------------------
 
 SUPPORTED = {  # fields of config.json beside shapes, and the values that this file computes
-    "model_type": ("llama",), "hidden_act": ("silu", "swish"), "attention_bias": (False,),
-    "mlp_bias": (False,), "quantization_config": (), "tie_word_embeddings": (False, True)}
+    "hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
+    "quantization_config": (), "tie_word_embeddings": (False, True)}
+FAMILIES = {  # model_type: the hub's class, and what it has beside a Llama
+    "llama": ("LlamaForCausalLM", {}), "mistral": ("MistralForCausalLM", {}),
+    "qwen2": ("Qwen2ForCausalLM", {"qkv_bias": True}),
+    "qwen3": ("Qwen3ForCausalLM", {"qk_norm": True})}
 ROPE_TYPES = {  # and what each must say
-    "default": (), "linear": ("factor",),
+    "default": (), "linear": ("factor",), "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
 
 
@@ -59,18 +63,24 @@ class LlamaConfig:
     head_dim: int
     max_seq_len: int = 2048
     rope_base: float = 10000.0
-    rope_scaling: dict | None = None  # {"rope_type": "llama3" or "linear", ...}
+    rope_scaling: dict | None = None  # {"rope_type": "llama3", "linear" or "yarn", ...}
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
+    qkv_bias: bool = False  # q, k and v have one (Qwen2)
+    qk_norm: bool = False  # heads of q and k are normed before RoPE (Qwen3)
+    window: int = 0  # every layer's sliding window [tokens], 0: none (Mistral 7B v0.1)
     bos_id: int | None = None
     eos_ids: tuple = ()
 
     @staticmethod
     def from_hf(hf: dict):
         """The config of a hub's config.json. Raises ValueError naming what is unsupported."""
-        architectures = hf.get("architectures") or ["LlamaForCausalLM"]
-        if "LlamaForCausalLM" not in architectures:
-            raise ValueError(f"unsupported architectures {architectures}")
+        kind = hf.get("model_type") or "llama"
+        if kind not in FAMILIES:
+            raise ValueError(f"unsupported model_type {kind!r}: {', '.join(FAMILIES)}")
+        architecture, extras = FAMILIES[kind]
+        if architecture not in (hf.get("architectures") or [architecture]):
+            raise ValueError(f"unsupported architectures {hf['architectures']}")
         for name, values in SUPPORTED.items():
             if hf.get(name) not in (None, *values):
                 raise ValueError(f"unsupported {name} = {hf[name]!r}")
@@ -95,13 +105,16 @@ class LlamaConfig:
             rope_base=float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0),
             rope_scaling=rope_scaling(rope, hf), norm_eps=float(hf.get("rms_norm_eps") or 1e-6),
             tie_embeddings=bool(hf.get("tie_word_embeddings")), bos_id=hf.get("bos_token_id"),
-            eos_ids=tuple(eos))
+            eos_ids=tuple(eos), window=sliding_window(hf, kind, n_layer), **extras)
 
     def to_hf(self) -> dict:
         """config.json as the hub spells it; from_hf reads back an equal config."""
-        eos = list(self.eos_ids) or None
+        eos, kind = list(self.eos_ids) or None, "mistral" if self.window else "llama"
+        kind = "qwen2" if self.qkv_bias else "qwen3" if self.qk_norm else kind
         return {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+            "architectures": [FAMILIES[kind][0]], "model_type": kind, "hidden_act": "silu",
+            "sliding_window": self.window or None, "use_sliding_window": self.window > 0,
+            "max_window_layers": 0 if self.window else self.n_layer,
             "vocab_size": self.vocab_size, "num_hidden_layers": self.n_layer,
             "num_attention_heads": self.n_head, "num_key_value_heads": self.n_kv_head,
             "hidden_size": self.n_embd, "intermediate_size": self.n_ff, "head_dim": self.head_dim,
@@ -112,6 +125,21 @@ class LlamaConfig:
             "eos_token_id": eos[0] if eos and len(eos) == 1 else eos}
 
 
+def sliding_window(hf, kind, n_layer) -> int:
+    """The window of all layers, 0 for none. Raises ValueError where layers differ."""
+    layers = hf.get("layer_types")
+    if kind == "llama" or kind != "mistral" and not hf.get("use_sliding_window"):
+        return 0
+    if layers is None and kind != "mistral":  # the layers above slide
+        first = int(hf.get("max_window_layers", 28))
+        layers = [f"{'full' if i < first else 'sliding'}_attention" for i in range(n_layer)]
+    if layers and set(layers) == {"full_attention"}:
+        return 0
+    if layers and set(layers) != {"sliding_attention"}:
+        raise ValueError(f"unsupported: layers of {', '.join(sorted(set(layers)))}")
+    return int(hf.get("sliding_window") or 0)
+
+
 def rope_scaling(rope, hf):
     """The part of rope_scaling or rope_parameters that changes frequencies, or None."""
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -120,8 +148,12 @@ def rope_scaling(rope, hf):
     if kind == "default":
         return None
     scaling = {"rope_type": kind} | {name: float(rope[name]) for name in ROPE_TYPES[kind]}
-    if kind == "llama3":
-        name, least = "original_max_position_embeddings", hf.get("max_position_embeddings")
+    if kind == "yarn":
+        optional = "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"
+        scaling |= {name: float(rope[name]) for name in optional if rope.get(name)}
+        scaling["truncate"] = bool(rope.get("truncate", True))
+    if kind in ("llama3", "yarn"):
+        name, least = "original_max_position_embeddings", hf.get("max_position_embeddings", 2048)
         scaling[name] = float(hf.get(name) or rope.get(name) or least)
     return scaling
 
@@ -132,7 +164,8 @@ def rope_frequencies(config, device=None):
     """Angle per position of each pair of head dimensions, (head_dim / 2,) float32 [radians/token].
 
     llama3 stretches wave lengths beyond the original context by `factor`, keeps the short ones and
-    blends in between (Llama 3.1's model code); linear stretches all (arXiv:2306.15595).
+    blends in between (Llama 3.1's model code); yarn blends by the pair's number instead
+    (arXiv:2309.00071); linear stretches all (arXiv:2306.15595).
     """
     exponent = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.float32)
     freq = config.rope_base ** (-exponent / config.head_dim)
@@ -141,10 +174,35 @@ def rope_frequencies(config, device=None):
         return freq
     if s["rope_type"] == "linear":
         return freq / s["factor"]
-    turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # in the original context
+    original = s["original_max_position_embeddings"]
+    if s["rope_type"] == "yarn":
+        def pair(turns):  # the pair that turns so often in the original context
+            wave = original / (turns * 2 * math.pi)
+            return config.head_dim * math.log(wave) / (2 * math.log(config.rope_base))
+        low, high = pair(s.get("beta_fast", 32)), pair(s.get("beta_slow", 1))
+        if s["truncate"]:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, config.head_dim - 1)
+        stretch = ((exponent / 2 - low) / (max(high - low, 0.001))).clamp(0, 1)
+        return (1 - stretch) * freq + stretch * freq / s["factor"]
+    turns = original * freq / (2 * math.pi)  # in the original context
     low, high = s["low_freq_factor"], s["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return keep * freq + (1 - keep) * freq / s["factor"]
+
+
+def logit_scale(config) -> float:
+    """What YaRN multiplies logits by: its factor for q and for k."""
+    s = config.rope_scaling
+    if s is None or s["rope_type"] != "yarn":
+        return 1.0
+
+    def factor(weight):
+        return 0.1 * weight * math.log(max(s["factor"], 1)) + 1
+    ratio = factor(1)
+    if "mscale" in s and "mscale_all_dim" in s:
+        ratio = factor(s["mscale"]) / factor(s["mscale_all_dim"])
+    return s.get("attention_factor", ratio) ** 2
 
 
 def rope(config, positions, dtype):
@@ -171,18 +229,27 @@ class RMSNorm(nn.RMSNorm):
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        c, self.head_dim = config, config.head_dim
-        self.q_proj = nn.Linear(c.n_embd, c.n_head * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=False)
+        c, self.head_dim, self.scale = config, config.head_dim, logit_scale(config)
+        self.q_proj = nn.Linear(c.n_embd, c.n_head * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.n_embd, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.o_proj = nn.Linear(c.n_head * c.head_dim, c.n_embd, bias=False)
+        if c.qk_norm:
+            self.q_norm = RMSNorm(c.head_dim, c.norm_eps)
+            self.k_norm = RMSNorm(c.head_dim, c.norm_eps)
+        self.qk_norm = c.qk_norm
 
     def forward(self, x, layer, attend, cos, sin):
         q = self.q_proj(x).unflatten(1, (-1, self.head_dim))  # (N, n_head, D)
         k = self.k_proj(x).unflatten(1, (-1, self.head_dim))  # (N, n_kv_head, D)
         v = self.v_proj(x).unflatten(1, (-1, self.head_dim))
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)  # autocast makes q narrower than x
-        out = attend(layer, rotate(q, cos, sin), rotate(k, cos, sin), v)  # (N, n_head, D)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.scale != 1:
+            q = q * self.scale
+        out = attend(layer, q, k, v)  # (N, n_head, D)
         return self.o_proj(out.flatten(1))  # (N, n_embd)
 
 
@@ -257,10 +324,14 @@ class Llama(nn.Module):
         """The output matrix (V, n_embd): its own, or the embeddings'."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
+    def causal(self, cu_seqlens):
+        """The `attend` of the plain model: causal, within its sliding window if it has one."""
+        return causal(cu_seqlens, self.config.window)
+
     def hidden(self, tokens, attend=None, positions=None):
         """States after the final norm, (N, n_embd). Arguments as in forward."""
         n = len(tokens)
-        attend = attend or causal([0, n])
+        attend = attend or self.causal([0, n])
         if positions is None:
             positions = torch.arange(n, device=tokens.device)
         if self.share is not None:
@@ -282,22 +353,24 @@ class Llama(nn.Module):
         (without it: one document; an `attend` of yours sees to that itself); weights (N,) make the
         mean a weighted one. 0 if nothing is to be predicted."""
         if attend is None and cu_seqlens is not None:
-            attend = causal(cu_seqlens)
+            attend = self.causal(cu_seqlens)
         return cross_entropy(self.hidden(tokens, attend), self.head, targets, weights)
 
 
 def init_matrices(module, seed):
-    """Every matrix of a module N(0, 1 / fan_in)."""
+    """Every matrix of a module N(0, 1 / fan_in), every bias 0."""
     rng = torch.Generator().manual_seed(seed)
-    for p in module.parameters():
+    for name, p in module.named_parameters():
         if p.dim() == 2:
             nn.init.normal_(p, std=p.shape[1] ** -0.5, generator=rng)
+        elif name.endswith("bias"):
+            nn.init.zeros_(p)
 
 
-def causal(cu_seqlens):
-    """The plain `attend`: causal attention inside each packed document."""
+def causal(cu_seqlens, window=0):
+    """The plain `attend`: causal attention inside each packed document, perhaps in a window."""
     cu = torch.as_tensor(cu_seqlens).tolist()  # once: a layer that asks a GPU for them waits for it
-    return lambda layer, q, k, v: attention(q, k, v, cu, cu)
+    return lambda layer, q, k, v: attention(q, k, v, cu, cu, window=window)
 
 
 # --- loss ----------------------------------------------------------------------------------------
@@ -392,6 +465,7 @@ class Method(nn.Module):
     """
 
     shard = True  # several processes share the weights; False: each has all of them
+    own_attention = False  # it replaces the model's: no sliding window shorter than --seq_len
 
     @dataclass
     class Config:
@@ -399,7 +473,7 @@ class Method(nn.Module):
 
     def __init__(self, model, config, seed=0):
         super().__init__()
-        self.config = config
+        self.config, self.window = config, model.config.window
 
     @classmethod
     def defaults(cls, args, config) -> dict:
@@ -455,7 +529,7 @@ class Method(nn.Module):
 
     def attend(self, cu_seqlens):
         """How the model attends, in training and in the report."""
-        return causal(cu_seqlens)
+        return causal(cu_seqlens, self.window)
 
     def loss(self, model, batch, step, steps):
         """(loss to descend, {name: number} for the log)."""
@@ -549,16 +623,20 @@ def barrier():
 # the policy. start, room, count, sink are tables (n_layer, B, n_kv_head).
 
 class Everything:
-    """What a KV head stores: everything. The rules of evict.py say what differs."""
+    """What a KV head stores: all that the model can see. The rules of evict.py say what differs."""
     sink = 0  # entries that a ring never overwrites
+    sliding = 0  # the model's own window: queries of a chunk see no further
     shift = False  # count the distance to the sink in entries, not in tokens (StreamingLLM)
     every_token = False  # judge after every decoded token, not only after a chunk
     n_queries = 0  # last queries that must be remembered while decoding
     ring = False  # room is how much it holds at most: it may not be larger than needed
 
+    def __init__(self, sliding=0):
+        self.sliding, self.ring = sliding, sliding > 0
+
     def room(self, layer, held, seen, chunks, new) -> int:
         """Slots for `held` entries of `seen` tokens, a prompt in `chunks`, `new` decoded tokens."""
-        return held + sum(chunks) + new
+        return self.sliding or held + sum(chunks) + new
 
     def keep(self, step):
         """Indices (heads, kept) into step.keys of what to store, ascending; None: what is new."""
@@ -599,7 +677,7 @@ class KVCache:
     def __init__(self, model, rules=None, batch=1, chunk=None, patch=0, seed=0):
         c, zeros = model.config, model.head.new_zeros
         self.config, self.chunk, self.patch, self.seed = c, chunk, patch, seed
-        self.rules = rules or [[Everything()] * c.n_kv_head] * c.n_layer
+        self.rules = rules or [[Everything(c.window)] * c.n_kv_head] * c.n_layer
         self.groups = [group_heads(layer) for layer in self.rules]
         self.rng = torch.Generator().manual_seed(seed)
         tables = zeros(4, c.n_layer, batch, c.n_kv_head, dtype=torch.long)
@@ -649,6 +727,7 @@ class KVCache:
         room, held, seen = self.room.tolist(), self.visible().tolist(), self.seen.tolist()
         step = 16 if len(self.logs) == 1 else 128  # rows of about equal length get equal rooms
         for b, n in enumerate(lengths):
+            self.check_window(seen[b] + n + max_new_tokens)
             self.log(b)  # before rooms change
             size = chunk or self.chunk or max(n, 1)
             chunks = [min(size, n - start) for start in range(0, n, size)]
@@ -660,6 +739,12 @@ class KVCache:
         room = self.room.new_tensor(room)
         if not torch.equal(room, self.room):
             self.lay_out(room, self)
+
+    def check_window(self, n):
+        """Refuse rules of another attention for n tokens of a model whose window is shorter."""
+        if n > self.config.window > 0 and not all(rule.sliding for rule in self.rules[0]):
+            raise ValueError(f"the model's sliding window of {self.config.window} tokens is "
+                             f"shorter than the text ({n}): only policy full")
 
     def lay_out(self, room, old):
         """Stretches of these rooms, those of a group side by side, with the entries of `old`,
@@ -732,7 +817,8 @@ class KVCache:
             step = self.look(layer, heads, q, k, v)
             rows, keys, values = step.q.flatten(1, 2), step.keys, step.values
             bounds = [0, len(rows)], [0, keys.shape[1]]
-            o = attention(rows, keys.transpose(0, 1), values.transpose(0, 1), *bounds)
+            keys, values = keys.transpose(0, 1), values.transpose(0, 1)
+            o = attention(rows, keys, values, *bounds, window=rule.sliding)
             if len(groups) == 1:
                 out = o.view(q.shape)
             else:

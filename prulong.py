@@ -99,6 +99,8 @@ class HeadFlags:
 class Heads(Method):
     """Gives every KV head a score and keeps the full cache for the best ones."""
 
+    own_attention = True
+
     @classmethod
     def defaults(cls, args, config):
         return dict(min_lr=0.01, from_scratch=False)

@@ -612,12 +612,21 @@ def slow_llama(model, tokens, visible=None, shift=None):
             g = h // (c.n_head // c.n_kv_head)
             rows = slice(h * c.head_dim, (h + 1) * c.head_dim)
             keys = slice(g * c.head_dim, (g + 1) * c.head_dim)
-            q = turned(y @ w["self_attn.q_proj.weight"][rows].T, torch.arange(n))
-            k = (y @ w["self_attn.k_proj.weight"][keys].T).expand(n, n, -1)
-            k = turned(k, torch.arange(n) + shift)  # (row, key, D)
-            v = y @ w["self_attn.v_proj.weight"][keys].T
+            q, k, v = (y @ w[f"self_attn.{name}_proj.weight"][part].T
+                       for name, part in (("q", rows), ("k", keys), ("v", keys)))
+            if c.qkv_bias:
+                q, k, v = (x + w[f"self_attn.{name}_proj.bias"][part] for x, name, part in
+                           ((q, "q", rows), (k, "k", keys), (v, "v", keys)))
+            if c.qk_norm:
+                q = norm(q, w["self_attn.q_norm.weight"])
+                k = norm(k, w["self_attn.k_norm.weight"])
+            q = turned(q, torch.arange(n))
+            k = turned(k.expand(n, n, -1), torch.arange(n) + shift)  # (row, key, D)
             scores = torch.einsum("rd,rkd->rk", q, k) / c.head_dim ** 0.5
-            see = torch.ones(n, n).tril().bool() if visible is None else visible[i, g]
+            if (c.rope_scaling or {}).get("rope_type") == "yarn":  # its factor in q and in k
+                scores *= (0.1 * math.log(c.rope_scaling["factor"]) + 1) ** 2
+            near = torch.ones(n, n).triu(1 - (c.window or n)).bool()
+            see = near & near.new_ones(n, n).tril() if visible is None else visible[i, g]
             heads.append(scores.masked_fill(~see, -torch.inf).softmax(-1) @ v)
         x = x + torch.cat(heads, -1) @ w["self_attn.o_proj.weight"].T
         y = norm(x, w["post_attention_layernorm.weight"])
@@ -629,14 +638,34 @@ def slow_llama(model, tokens, visible=None, shift=None):
 
 SCALING = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 32}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32.0,
+        "truncate": True}
 SHAPES = [{}, dict(n_kv_head=6), dict(n_kv_head=1, tie_embeddings=True), dict(head_dim=6),
-          dict(rope_scaling=SCALING), dict(rope_scaling={"rope_type": "linear", "factor": 4.0})]
+          dict(rope_scaling=SCALING), dict(rope_scaling={"rope_type": "linear", "factor": 4.0}),
+          dict(rope_scaling=YARN), dict(qkv_bias=True), dict(qk_norm=True), dict(window=7)]
+
+
+def family(**changes):
+    """A small model whose vectors, too, are random: biases and norms."""
+    model, rng = small(**changes), torch.Generator().manual_seed(1)
+    for p in model.parameters():
+        if p.dim() == 1:
+            p.data += 0.3 * torch.randn(p.shape, generator=rng)
+    return model
 
 
 @pytest.mark.parametrize("changes", SHAPES)
-def test_llama_equals_its_definition(changes):
-    """Ids and the vectors of their embeddings give the same."""
-    model, tokens = small(**changes), random_tokens(40)
+def test_llama_equals_its_definition(changes, tmp_path):
+    """Also Qwen2's, Qwen3's and Mistral's layers, and YaRN. Ids and the vectors of their embeddings
+    give the same; what is saved is read back; greedy texts are those without a cache."""
+    model, tokens = family(**changes), random_tokens(40)
+    save_model(model, tmp_path)
+    assert load_model(tmp_path, dtype=None).config == model.config
+    texts = [generate(model, tokens[:30], 8, chunk=chunk) for chunk in (None, 1, 9)]
+    with torch.no_grad():
+        whole = torch.cat((tokens[:30], torch.tensor(texts[0])))
+        best = model(whole).argmax(-1)[29:-1].tolist()
+    assert texts == [best] * 3
     with torch.no_grad():
         want = slow_llama(model, tokens)  # angles are float32, as in the reference implementation
         close(model(tokens), want, 1e-6)
@@ -674,6 +703,42 @@ def test_rope_given_twice_is_read_as_the_hub_reads_it():
                           [0.8146172165870667, 0.0005248460220173001, 3.068925877869333e-07])):
         got = rope_frequencies(LlamaConfig.from_hf(hf | change))[[1, 32, 63]]
         assert torch.allclose(got, torch.tensor(want), rtol=1e-6), change
+
+
+def test_yarn_as_the_hub_computes_it():
+    """Frequencies 1, 20 and 63 of heads of 128 and the logits' factor, as in transformers 5.2."""
+    hf = HF | {"head_dim": 128, "max_position_embeddings": 32768, "rope_theta": 1e6}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    config = LlamaConfig.from_hf(hf | {"rope_scaling": yarn})
+    got = rope_frequencies(config)[[1, 20, 63]]
+    want = [0.8058422207832336, 0.01333521492779255, 3.102344408034696e-07]
+    assert torch.allclose(got, torch.tensor(want), rtol=1e-5)
+    assert model_file.logit_scale(config) == pytest.approx((0.1 * math.log(4) + 1) ** 2)
+    again = LlamaConfig.from_hf(hf | {"rope_scaling": yarn | {"attention_factor": 1.5}})
+    assert model_file.logit_scale(again) == 2.25 and again == LlamaConfig.from_hf(again.to_hf())
+
+
+def test_a_sliding_window_bounds_the_cache_and_rules_out_other_attention(tmp_path, monkeypatch):
+    """Bytes stop growing; a policy and a technique are refused where the text is longer."""
+    model, tokens, sizes = small(window=8), random_tokens(60), []
+    for n in (4, 8, 20, 60):
+        cache = KVCache(model, chunk=16)
+        generate(model, tokens[:n], 1, cache)
+        assert len(cache.positions(1, 0)) == min(n, 7)
+        sizes.append(cache.nbytes())
+    assert sizes[1:] == [sizes[1]] * 3
+    for n, fits in ((5, True), (20, False)):
+        cache = evict.make_cache(model, "snapkv", budget=2, obs_window=1)
+        refused = pytest.raises(ValueError, match="sliding window")
+        with contextlib.nullcontext() if fits else refused:
+            generate(model, tokens[:n], 3, cache)
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(TINY, window=64)
+    save_model(Llama(config).init_weights(0), "m")
+    line = "--model m --data facts --steps 1 --eval_seqs 1 --n_random 1".split()
+    with pytest.raises(ValueError, match="sliding window of 64"):
+        train.main(["--method", "prulong", *line])
+    train.main(["--method", "prulong", *line, "--seq_len", "64", "--window", "8"])
 
 
 def test_linear_rope_scaling_divides_every_frequency():
@@ -960,10 +1025,16 @@ def test_config_spellings():
     newer = HF | {"rope_parameters": SCALING | {"rope_theta": 5e5}}
     assert LlamaConfig.from_hf(newer) == older and older.rope_scaling["factor"] == 8.0
     assert LlamaConfig.from_hf(HF | {"rope_scaling": {"type": "default"}}).rope_scaling is None
+    sliding = {"model_type": "qwen2", "architectures": None, "use_sliding_window": True,
+               "sliding_window": 9, "max_window_layers": 1}
+    assert LlamaConfig.from_hf(HF | sliding | {"max_window_layers": 0}).window == 9
+    assert LlamaConfig.from_hf(HF | sliding | {"max_window_layers": 3}).window == 0
     for change, words in (
+            (sliding, "layers of full_attention, sliding_attention"),
             ({"architectures": ["MistralForCausalLM"]}, "architecture"),
+            ({"model_type": "gemma"}, "gemma"),
             ({"attention_bias": True}, "attention_bias"), ({"hidden_act": "gelu"}, "hidden_act"),
-            ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+            ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
             ({"num_key_value_heads": 4}, "4 KV heads"), ({"head_dim": 7}, "heads of 7"),
             ({"quantization_config": {"bits": 4}}, "quantization")):
         with pytest.raises(ValueError, match=words):

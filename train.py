@@ -37,7 +37,7 @@ import prulong
 import vlorp
 from eval_tasks import TINY, FactData, final_answer, tiny_model, tiny_start, word_problem
 from model import (CHAT_FORMATS, DTYPES, TOKENIZER_FILES, Llama, Method, Parser, all_reduce,
-                   append_line, barrier, byte_tokenizer, causal, collate, fingerprint, flag,
+                   append_line, barrier, byte_tokenizer, collate, fingerprint, flag,
                    generate, join, load_config, load_model, load_tokenizer, parse, peak_memory,
                    permutation, rank, read_json, replacing, run, shuffled, world_size,
                    write_tensors)
@@ -301,14 +301,14 @@ class TextData:
             docs += self.pack(*self.order.pick(j))
         return collate(docs)
 
-    def scores(self, model, attend=causal, beyond=0) -> dict:
+    def scores(self, model, attend=None, beyond=0) -> dict:
         return {"held-out loss": held_out_loss(model, self.held_out, attend)}
 
 
 @torch.no_grad()
-def held_out_loss(model, batches, attend) -> float:
+def held_out_loss(model, batches, attend=None) -> float:
     """Mean loss [nats / token] over all targets of batches."""
-    total, n = 0.0, 0
+    total, n, attend = 0.0, 0, attend or model.causal
     for batch in batches:
         tokens, targets = (x.to(model.head.device) for x in batch[:2])
         targets_here = int((targets != -100).sum())
@@ -349,7 +349,7 @@ class ChatData:
             chats += self.packs[self.order.pick(j)[1]]
         return collate([ids for ids, _ in chats], [targets for _, targets in chats])
 
-    def scores(self, model, attend=causal, beyond=0) -> dict:
+    def scores(self, model, attend=None, beyond=0) -> dict:
         scores = {"held-out loss": held_out_loss(model, self.held_out, attend)}
         sharded = hasattr(model.head, "full_tensor")  # a part of the weights writes no answers
         if not sharded and all(answer is not None for _, answer in self.exams):
@@ -587,7 +587,7 @@ def main(argv=None, methods=METHODS):
     rows, kind = Rows(args.data), methods[args.method]
     data = kind.data(args, config, tokenizer, rows) or own_data(args, tokenizer, rows)
     model = build_model(kind, args, config)
-    check_vocabulary(data, model)
+    check_fits(kind, model, data, args)
     with autocast(args):
         before = kind(model, config, args.seed).before(model, data)
     print(describe(model, args), flush=True)
@@ -650,7 +650,11 @@ def describe(model, args):
             f"{args.dtype} on {args.device}")
 
 
-def check_vocabulary(data, model):
+def check_fits(kind, model, data, args):
+    """Refuse tokens that the model lacks, and a technique that would undo its sliding window."""
+    if kind.own_attention and 0 < model.config.window < args.seq_len:
+        raise ValueError(f"--method {args.method} replaces attention: --seq_len {args.seq_len} "
+                         f"must fit into the model's sliding window of {model.config.window}")
     if data.vocab_size is not None and data.vocab_size > model.config.vocab_size:
         raise ValueError(f"token {data.vocab_size - 1} of the data is outside the model's "
                          f"vocabulary of {model.config.vocab_size}")
