@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import functools
 import hashlib
+import heapq
 import json
 import math
 import os
@@ -1306,49 +1307,111 @@ TOKENIZER_FILES = (
     "special_tokens_map.json", "generation_config.json")
 
 
-class Tokenizer:
-    """Byte-level BPE on tiktoken.
+class ByteBPE:
+    """BPE over bytes, on tiktoken (GPT-2, Llama 3, Qwen, SmolLM2). vocab: token bytes -> id.
+    merges: token bytes in the order in which BPE builds them. split: the regular expression that
+    cuts text."""
+    each = strip = False
 
-    vocab: token bytes -> id. merges: token bytes in the order in which BPE builds them. split: the
-    regular expression that cuts text. special: added tokens -> ids, found in text too, the longest
-    first, as the hub does; words: those of them that are words, not marks. add_bos: whether
-    documents start with bos_id. template: the chat format, in Jinja; names: what it calls the
-    special tokens ("eos_token" -> "</s>")."""
-
-    def __init__(self, vocab, merges, split, special=None, bos_id=None, eos_ids=(), add_bos=False,
-                 template=None, names=None, words=()):
+    def __init__(self, vocab, merges, split):
         import tiktoken
-        self.special, self.bos_id = special or {}, bos_id
+        single = [bytes([b]) for b in range(256)]
+        tokens = list(dict.fromkeys([*single, *merges]))  # a token's rank: its place in merging
+        self.bytes, self.ids = {i: t for t, i in vocab.items()}, [vocab.get(t, -1) for t in tokens]
+        self.encoding = tiktoken.Encoding(
+            "from file", pat_str=split + r"|(?s:.)",  # (?s:.): drop nothing
+            mergeable_ranks={t: r for r, t in enumerate(tokens)}, special_tokens={})
+
+    def encode(self, text, begins) -> list:
+        """Raises ValueError for a million letters of white space in a row (tiktoken's limit)."""
+        ids = [self.ids[rank] for rank in self.encoding.encode(text)]
+        return [i for i in ids if i >= 0]
+
+
+class CharacterBPE:
+    """BPE over characters, and bytes for those that have no token, as SentencePiece has it (Llama
+    2, Mistral 7B, TinyLlama). vocab: token -> id, a space is \u2581. merges: pairs of tokens, in
+    their order. prefix: whether a text begins with a space: "" (no), "once" (if it has none yet) or
+    "always"; each: also behind an added token. strip: the first space of a decoded text goes."""
+
+    def __init__(self, vocab, merges, prefix="", each=False, strip=False):
+        self.vocab, self.prefix, self.each, self.strip = vocab, prefix, each, strip
+        self.ranks = {pair: rank for rank, pair in enumerate(merges)}
+        of_bytes = {f"<0x{b:02X}>": bytes([b]) for b in range(256)}
+        if not of_bytes.keys() <= vocab.keys():
+            raise ValueError("a BPE over characters must have a token for each byte")
+        plain = {i: token.replace("\u2581", " ").encode() for token, i in vocab.items()}
+        self.bytes = plain | {vocab[token]: b for token, b in of_bytes.items()}
+        inside = any(re.search("[^\u2581]\u2581", token) for token in vocab)
+        self.cut = re.compile("(?s:.+)" if inside else "\u2581+[^\u2581]*|[^\u2581]+")
+        self.word = functools.lru_cache(2 ** 17)(self.merge)
+
+    def encode(self, text, begins) -> list:
+        text = text.replace(" ", "\u2581")
+        has_one = text.startswith("\u2581")
+        if text and begins and (self.prefix == "always" or self.prefix == "once" and not has_one):
+            text = "\u2581" + text
+        return [i for word in self.cut.findall(text) for i in self.word(word)]
+
+    def merge(self, word) -> list:
+        """The ids of a stretch: the pair of lowest rank again and again, the first of equals."""
+        symbols = []
+        for c in word:
+            as_bytes = [f"<0x{b:02X}>" for b in c.encode(errors="replace")]
+            symbols += [c] if c in self.vocab else as_bytes
+        n = len(symbols)
+        left, right = list(range(-1, n - 1)), list(range(1, n + 1))
+        ranks = [self.ranks.get(pair) for pair in zip(symbols, symbols[1:])]
+        heap = [(rank, i) for i, rank in enumerate(ranks) if rank is not None]
+        heapq.heapify(heap)
+        while heap:
+            rank, a = heapq.heappop(heap)
+            b = right[a]
+            if b == n or self.ranks.get((symbols[a], symbols[b])) != rank:
+                continue  # one of the two has been merged meanwhile
+            symbols[a], symbols[b] = symbols[a] + symbols[b], None
+            right[a] = right[b]
+            if right[b] < n:
+                left[right[b]] = a
+            for i, j in ((left[a], a), (a, right[a])):
+                pair = (symbols[i], symbols[j]) if 0 <= i and j < n else None
+                if pair in self.ranks:
+                    heapq.heappush(heap, (self.ranks[pair], i))
+        return [self.vocab[symbol] for symbol in symbols if symbol is not None]
+
+
+class Tokenizer:
+    """A BPE and what the hub puts around one.
+
+    special: added tokens -> ids, found in text too, the longest first, as the hub does; words:
+    those of them that are words, not marks. add_bos: whether documents start with bos_id.
+    template: the chat format, in Jinja; names: what it calls the special tokens ("eos_token" ->
+    "</s>")."""
+
+    def __init__(self, bpe, special=None, bos_id=None, eos_ids=(), add_bos=False, template=None,
+                 names=None, words=()):
+        self.bpe, self.special, self.bos_id = bpe, special or {}, bos_id
         self.marks = {i for token, i in self.special.items() if token not in words}
         self.template, self.names = template, names or {}
         self.add_bos = add_bos and bos_id is not None
-        self.bytes = {i: t for t, i in vocab.items()}
-        self.bytes |= {i: s.encode() for s, i in self.special.items()}
+        self.bytes = bpe.bytes | {i: s.encode() for s, i in self.special.items()}
         if not all(type(i) is int and i >= 0 for i in [*self.bytes, *eos_ids]):
             raise ValueError("a token id is not a whole number >= 0")
         longest_first = sorted(self.special, key=len, reverse=True)
         self.cut = re.compile("(" + ("|".join(map(re.escape, longest_first)) or "(?!)") + ")")
-        single = [bytes([b]) for b in range(256)]
-        tokens = list(dict.fromkeys([*single, *merges]))  # a token's rank: its place in merging
-        self.ids = [vocab.get(t, -1) for t in tokens]
-        self.encoding = tiktoken.Encoding(
-            "from file", pat_str=split + r"|(?s:.)",  # (?s:.): drop nothing
-            mergeable_ranks={t: r for r, t in enumerate(tokens)}, special_tokens={})
         self.end_of_turn = self.find_end_of_turn() if template else None
         ends = [*eos_ids, self.special.get(self.end_of_turn)]
         self.eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, begins=True) -> list[int]:
         """Token ids of text, without a leading BOS. A byte that the vocabulary lacks has none.
-
-        Raises ValueError for about a million letters of white space in a row (tiktoken's limit)."""
+        begins False: text goes on what was encoded before; some tokenizers begin with a space."""
         out = []
         for i, part in enumerate(self.cut.split(text)):
             if i % 2:
                 out.append(self.special[part])
             else:
-                ids = [self.ids[r] for r in self.encoding.encode(part)]
-                out += [i for i in ids if i >= 0]
+                out += self.bpe.encode(part, self.bpe.each if i else begins)
         return out
 
     def document(self, text: str) -> list[int]:
@@ -1360,7 +1423,8 @@ class Tokenizer:
         without a token become U+FFFD."""
         ids = [int(i) for i in ids if marks or int(i) not in self.marks]
         parts = [self.bytes.get(i, b"\xff") for i in ids]
-        return b"".join(parts).decode("utf-8", errors="replace")
+        text = b"".join(parts).decode("utf-8", errors="replace")
+        return text.removeprefix(" ") if self.bpe.strip else text
 
     def chat(self, messages: list[dict], answering=True) -> str:
         """The text of messages [{"role", "content"}] in this model's chat format, with the head of
@@ -1377,7 +1441,7 @@ class Tokenizer:
         """The special token that the chat format writes behind an answer, or None."""
         asked, answer = {"role": "user", "content": "Well?"}, "That is my whole answer."
         text = self.chat([asked, {"role": "assistant", "content": answer}], answering=False)
-        return next(iter(self.cut.findall(text.rpartition(answer)[2])), None)
+        return next(iter(self.cut.findall(text.partition(answer)[2])), None)
 
 
 def render(template, **values) -> str:
@@ -1409,7 +1473,7 @@ CHAT_CHOICES = ("own", "none", *CHAT_FORMATS)  # of --chat; own: the folder's
 
 
 def load_tokenizer(path, chat=None) -> Tokenizer:
-    """The tokenizer of folder `path`: tokenizer.json (byte-level BPE), else Llama-3's
+    """The tokenizer of folder `path`: tokenizer.json (BPE over bytes or characters), else Llama-3's
     tokenizer.model, else raw bytes. chat: one of CHAT_CHOICES, by default the folder's own format.
     Raises ValueError naming the file that is unsupported."""
     def optional(name):
@@ -1467,38 +1531,67 @@ def byte_tokenizer(vocab_size=258) -> Tokenizer:
     vocab = {bytes([b]): b for b in range(256)}
     bos, eos = special.get("<|bos|>"), special.get("<|eos|>")
     eos_ids = [] if eos is None else [eos]
-    return Tokenizer(vocab, [], r"(?s:.{1,32})", special, bos, eos_ids, add_bos=True)
+    return Tokenizer(ByteBPE(vocab, [], r"(?s:.{1,32})"), special, bos, eos_ids, add_bos=True)
 
 
 def parse_tokenizer_json(path) -> dict:
-    """vocab, merges, split pattern and added tokens of a byte-level BPE tokenizer.json."""
+    """The BPE of a tokenizer.json, its added tokens and what begins a document."""
     spec = read_json(path)
-    model = spec["model"]
-    if (model.get("type") != "BPE" or spec.get("normalizer") or model.get("byte_fallback")
-            or model.get("end_of_word_suffix")):
-        raise ValueError("only byte-level BPE without a normalizer is supported")
-    added = spec.get("added_tokens", [])
+    model, added = spec["model"], spec.get("added_tokens", [])
+    if model.get("type") != "BPE" or model.get("end_of_word_suffix"):
+        raise ValueError("only BPE over bytes or characters is supported")
     for t in added:
         if t.get("lstrip") or t.get("rstrip") or t.get("single_word"):
             raise ValueError(f"added token {t['content']!r} strips spaces or needs word bounds")
-    # GPT-2's letters for bytes: these stand for themselves, the others for 256, 257, ...
-    letters = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [b for b in range(256) if b not in letters]
-    byte = {chr(b): b for b in letters} | {chr(256 + i): b for i, b in enumerate(rest)}
-    def raw(token):
-        return bytes(byte[c] for c in token)
+        if t.get("normalized") and spec.get("normalizer"):
+            raise ValueError(f"added token {t['content']!r} is found in normalized text")
     special = {t["content"]: t["id"] for t in added}
-    vocab = {raw(t): i for t, i in model["vocab"].items() if t not in special}
-    merges = [m.replace(" ", "") if isinstance(m, str) else "".join(m) for m in model["merges"]]
+    bpe = (character_bpe if model.get("byte_fallback") else byte_bpe)(spec, special)
     bos_token = None  # what the hub's tokenizer puts before a text
     post = spec.get("post_processor") or {}
     for p in post.get("processors", [post]):
         if p.get("type") == "TemplateProcessing" and "SpecialToken" in p["single"][0]:
             bos_token = p["single"][0]["SpecialToken"]["id"]
     words = {t["content"] for t in added if not t.get("special")}
-    return dict(vocab=vocab, merges=[raw(m) for m in merges], special=special, words=words,
-                split=split_pattern(spec.get("pre_tokenizer") or {}),
-                add_bos=bos_token is not None, bos_token=bos_token)
+    return dict(bpe=bpe, special=special, words=words, add_bos=bos_token is not None,
+                bos_token=bos_token)
+
+
+def byte_bpe(spec, special) -> ByteBPE:
+    """Of a tokenizer.json. GPT-2 writes bytes as letters: these stand for themselves, the others
+    for 256, 257, ..."""
+    if spec.get("normalizer"):
+        raise ValueError("only byte-level BPE without a normalizer is supported")
+    letters = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in letters]
+    byte = {chr(b): b for b in letters} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+    def raw(token):
+        return bytes(byte[c] for c in token)
+    model = spec["model"]
+    vocab = {raw(t): i for t, i in model["vocab"].items() if t not in special}
+    merges = [m.replace(" ", "") if isinstance(m, str) else "".join(m) for m in model["merges"]]
+    return ByteBPE(vocab, [raw(m) for m in merges], split_pattern(spec.get("pre_tokenizer") or {}))
+
+
+def character_bpe(spec, special) -> CharacterBPE:
+    """Of a tokenizer.json. Spaces become \u2581 by its normalizer, which may also prepend one, or
+    by its pre_tokenizer."""
+    model, cut = spec["model"], spec.get("pre_tokenizer") or {}
+    normalizer, decoder = spec.get("normalizer") or {}, spec.get("decoder") or {}
+    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
+    what = [(s.get("type"), s.get("prepend") or s.get("content")) for s in steps]
+    prepend, replace = ("Prepend", "\u2581"), ("Replace", "\u2581")
+    if cut.get("type") == "Metaspace" and not cut.get("split", True) and not what:
+        scheme = cut.get("prepend_scheme", "always")
+        prefix, each = "" if scheme == "never" else "once", scheme == "always"
+    elif not cut and what in ([replace], [prepend, replace]):
+        prefix, each = ("always", True) if len(what) == 2 else ("", False)
+    else:
+        raise ValueError(f"normalizer {what} with pre_tokenizer {cut.get('type')}")
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
+    strip = any(step.get("type") == "Strip" for step in decoder.get("decoders", ()))
+    return CharacterBPE(model["vocab"], merges, prefix, each, strip)
 
 
 def split_pattern(spec) -> str:
@@ -1530,7 +1623,7 @@ def parse_tokenizer_model(path) -> dict:
             vocab[base64.b64decode(token, validate=True)] = int(rank)
     special = {f"<|{name}|>": len(vocab) + i for i, name in enumerate(LLAMA3_SPECIAL)}
     merges = sorted((t for t in vocab if len(t) > 1), key=vocab.get)
-    return dict(vocab=vocab, merges=merges, split=LLAMA3_SPLIT, special=special, add_bos=True,
+    return dict(bpe=ByteBPE(vocab, merges, LLAMA3_SPLIT), special=special, add_bos=True,
                 bos_token="<|begin_of_text|>")
 
 

@@ -1211,6 +1211,59 @@ def test_tokenizer_json_equals_bpe_by_its_definition(tmp_path, digits):
     assert tokenizer.decode([99999]) == "\ufffd"
 
 
+@pytest.mark.parametrize("kind", ["never", "first", "always", "normalizer"])
+def test_character_bpe_by_its_definition(tmp_path, kind):
+    """Llama 2's and Mistral's: a space is a letter, what has no token falls back to bytes; where a
+    text begins with a space, by the pre_tokenizer's three schemes or by the normalizer."""
+    learned = "the\u2581cat\u2581\u2581sat\u2581on\u2581the\u2581mat\u2581th\u00e9\u00e2tre"
+    merges, words = [], [list("\u2581" + word) for word in learned.split("\u2581") * 2]
+    for _ in range(25):
+        pairs = collections.Counter(pair for word in words for pair in zip(word, word[1:]))
+        merges.append(max(pairs, key=lambda pair: (pairs[pair], pair)) if pairs else ("t", "s"))
+        words = [slow_merge(word, merges[-1:]) for word in words]
+    merges = list(dict.fromkeys([*merges, ("\u2581", "\u2581")]))
+    tokens = [f"<0x{b:02X}>" for b in range(256)] + sorted({*learned, *map("".join, merges)})
+    special, vocab = {"</s>": 0}, {token: i + 1 for i, token in enumerate(tokens)}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    spec = {"added_tokens": [{"id": 0, "content": "</s>", "special": True}],
+            "model": {"type": "BPE", "byte_fallback": True, "vocab": special | vocab,
+                      "merges": [" ".join(m) for m in merges]},
+            "pre_tokenizer": {"type": "Metaspace", "prepend_scheme": kind, "split": False}}
+    if kind == "normalizer":
+        prepend = {"type": "Prepend", "prepend": "\u2581"}
+        spec |= {"normalizer": {"type": "Sequence", "normalizers": [prepend, replace]},
+                 "pre_tokenizer": None, "decoder": {"type": "Sequence", "decoders": [
+                     {"type": "Strip", "content": " ", "start": 1, "stop": 0}]}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+    tokenizer, rng = load_tokenizer(tmp_path), random.Random(0)
+    assert not tokenizer.bpe.cut.fullmatch("a\u2581b")  # cut before spaces: no token crosses one
+    parts = ["the", "cat", " ", "  ", "t", "h\u00e9", "\u4e2d", "</s>", "x"]
+    for _ in range(300):
+        text = "".join(rng.choices(parts, k=9))
+        want = []
+        for i, part in enumerate(re.split("(</s>)", text)):
+            if i % 2:
+                want.append(0)
+                continue
+            part = part.replace(" ", "\u2581")
+            begins = kind in ("always", "normalizer") or kind == "first" and i == 0
+            if part and begins and (kind == "normalizer" or not part.startswith("\u2581")):
+                part = "\u2581" + part
+            letters = [[c] if c in vocab else [f"<0x{b:02X}>" for b in c.encode()] for c in part]
+            want += [vocab[s] for s in slow_merge(itertools.chain(*letters), merges)]
+        assert tokenizer.encode(text) == want, text
+        if kind == "never":
+            assert tokenizer.decode(want) == text
+    assert tokenizer.decode(tokenizer.encode("cat x")).strip() == "cat x"
+    on = tokenizer.encode("cat", begins=False)
+    assert tokenizer.decode([0, *on]) == "</s>cat"
+    for change in ({"normalizer": {"type": "NFC"}}, {"pre_tokenizer": {"type": "Digits"}},
+                   {"model": spec["model"] | {"vocab": {"a": 1}}}):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec | change))
+        with pytest.raises(ValueError, match="tokenizer.json"):
+            load_tokenizer(tmp_path)
+
+
 def test_llama3_tokenizer_model(tmp_path):
     tokens = [bytes([b]) for b in range(256)] + [b"he", b"ll", b"hell", b"hello", b" w"]
     lines = [base64.b64encode(t) + f" {i}\n".encode() for i, t in enumerate(tokens)]
@@ -1274,8 +1327,8 @@ def test_chats_are_written_by_the_folders_template(name, tmp_path):
     template, want, end = TEMPLATES[name]
     special = {"<s>": 256, "</s>": 257, "<|im_start|>": 258, "<|im_end|>": 259}
     vocab, names = {bytes([b]): b for b in range(256)}, {"bos_token": "<s>", "eos_token": "</s>"}
-    tokenizer = model_file.Tokenizer(vocab, [], "(?s:.)", special, 256, (257,), False, template,
-                                     names)
+    tokenizer = model_file.Tokenizer(model_file.ByteBPE(vocab, [], "(?s:.)"), special, 256, (257,),
+                                     False, template, names)
     assert tokenizer.chat(ASKED) == want and tokenizer.end_of_turn == end
     assert tokenizer.eos_ids == ((257, 259) if end == "<|im_end|>" else (257,))
     answered = [*ASKED, {"role": "assistant", "content": "ok"}]
@@ -1290,14 +1343,14 @@ def test_chats_are_written_by_the_folders_template(name, tmp_path):
 
 
 def test_templates_that_refuse_or_reach_out():
-    vocab = {bytes([b]): b for b in range(256)}
+    letters = byte_tokenizer().bpe
     for template, words in (
             ("{{ raise_exception('users first') }}", "users first"), ("{% if %}", "chat template"),
             ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"), ("{{ 1 + 'a' }}", "int")):
         with pytest.raises(ValueError, match=words):
-            model_file.Tokenizer(vocab, [], "(?s:.)", template=template).chat(ASKED)
+            model_file.Tokenizer(letters, template=template).chat(ASKED)
     with pytest.raises(ValueError, match="--chat chatml"):
-        model_file.Tokenizer(vocab, [], "(?s:.)").chat(ASKED)
+        model_file.Tokenizer(letters).chat(ASKED)
 
 
 def test_chat_templates_and_odd_tokenizers(tmp_path):
@@ -1340,7 +1393,7 @@ def test_byte_tokenizer_and_broken_files(tmp_path):
     assert load_tokenizer(tmp_path).bos_id is None
     odd = {"model": {"type": "BPE", "vocab": {}, "merges": []},
            "pre_tokenizer": {"type": "Metaspace"}}
-    for text, words in (('{"model": {"type": "WordPiece"}}', "byte-level BPE"), ("{", "JSON"),
+    for text, words in (('{"model": {"type": "WordPiece"}}', "BPE over bytes"), ("{", "JSON"),
                         ("{}", "tokenizer.json"), (json.dumps(odd), "Metaspace")):
         (tmp_path / "tokenizer.json").write_text(text)
         with pytest.raises(ValueError, match=words):
@@ -3009,7 +3062,7 @@ def test_helmet_rows_are_read_as_released(tmp_path):
     example, = eval_tasks.load("alce_asqa", str(tmp_path), chat=False)
     shown = re.match(r"<Do\.\|(.)\|(.*?)\|a>###<Do\.\|(.)\|", example.user, re.DOTALL)
     assert {shown[1], shown[3]} == {"x", "y"} and "text 4" in shown[2] and "text 5" not in shown[2]
-    chat = model_file.Tokenizer({bytes([b]): b for b in range(256)}, [], r"(?s:.{1,32})",
+    chat = model_file.Tokenizer(byte_tokenizer().bpe,
                                 {"<|im_start|>": 256, "<|im_end|>": 257},
                                 template=model_file.CHAT_FORMATS["chatml"])
     draft = eval_tasks.Draft("a", "b", "c\n", "Answer:", {"answer": "d"})
@@ -3247,8 +3300,7 @@ def test_chat_and_length_are_as_asked(tmp_path, monkeypatch):
     """--chat none gives a benchmark's chat task as plain text, a host stands before plain text and
     within the length, LongProc has lengths of its own."""
     special = {"<|im_start|>": 256, "<|im_end|>": 257}
-    vocab = {bytes([b]): b for b in range(256)}
-    tokenizer, loads = model_file.Tokenizer(vocab, [], r"(?s:.{1,32})", special), []
+    tokenizer, loads = model_file.Tokenizer(byte_tokenizer().bpe, special), []
 
     def load(name, path, n, tokenizer, length, chat):
         loads.append((length, chat))
@@ -4077,7 +4129,7 @@ def test_meco_documents_by_hand():
     with pytest.raises(ValueError, match="has no host"):
         meco.prompt(tokenizer, "ab", "http://")
     vocab = {bytes([i]): i for i in range(256)} | {b"\n\n": 256, b"\n\na": 257}
-    merging = Tokenizer(vocab, [b"\n\n", b"\n\na"], r"(?s:.{1,32})")
+    merging = Tokenizer(model_file.ByteBPE(vocab, [b"\n\n", b"\n\na"], r"(?s:.{1,32})"))
     assert merging.encode("\n\na") == [257]
     ids, _ = meco.encode(merging, "a", "x")
     assert ids.tolist()[-2:] == [256, ord("a")]
@@ -4142,13 +4194,13 @@ def test_meco_phases_have_documents_of_their_own():
         assert scored[0] == scored[1] == scored[2]
         assert len({text_of(ids) for ids, _ in document.values()}) == 3
     for mode, n_url in (("meco", 7), ("url", 10), ("standard", 0)):
-        method = meco.MeCo(None, meco.MeCo.Config(mode, cooldown=0.3))
+        method = meco.MeCo(small(), meco.MeCo.Config(mode, cooldown=0.3))
         texts = [text_of(method.batch(data, i, i, 10).tokens) for i in range(10)]
         urls = ["URL: s" in text for text in texts]
         assert urls == [True] * n_url + [False] * (10 - n_url)
         for i, text in enumerate(texts):
             assert numbers(text) <= found[i >= 7]
-    method = meco.MeCo(None, meco.MeCo.Config("mix", cooldown=0.3))
+    method = meco.MeCo(small(), meco.MeCo.Config("mix", cooldown=0.3))
     counting = types.SimpleNamespace(n_seq=1000, seed=0, batch=lambda i, n, cooldown: n)
     assert 650 < method.batch(counting, 0, 0, 10) < 750
 
@@ -4158,7 +4210,7 @@ def test_shuffled_epochs_cover_every_pack_once(mode, n_seq):
     data = url_data(pages(60), n_seq, mode=mode, cooldown=0.0)
     packs = data.packs[False, mode == "url"]
     want = sorted(text_of(*(ids for ids, _ in row)) for row in packs)
-    method, seen = meco.MeCo(None, meco.MeCo.Config(mode, cooldown=0.0)), []
+    method, seen = meco.MeCo(small(), meco.MeCo.Config(mode, cooldown=0.0)), []
     for i in range(len(packs)):
         tokens = method.batch(data, i, i, len(packs)).tokens
         seen += [text_of(part) for part in tokens.split(64)]

@@ -405,7 +405,8 @@ def encode_chat(messages, tokenizer, seq_len):
                 raise ValueError("the tokenizer's chat format cannot be trained on: an answer must "
                                  "follow its prompt and end in a special token")
             start, stop = len(prompt), whole.index(end, len(prompt)) + len(end)
-            before, turn = tokenizer.encode(whole[at:start]), tokenizer.encode(whole[start:stop])
+            before = tokenizer.encode(whole[at:start], begins=at == 0)
+            turn = tokenizer.encode(whole[start:stop], begins=False)
             ids += before + turn
             learned += [False] * len(before) + [True] * len(turn)
             at = stop
