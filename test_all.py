@@ -1334,9 +1334,9 @@ def test_chats_are_written_by_the_folders_template(name, tmp_path):
     answered = [*ASKED, {"role": "assistant", "content": "ok"}]
     if end is None:
         with pytest.raises(ValueError, match="cannot be trained on"):
-            train.encode_chat(answered, tokenizer, 999)
+            train.encode_chat(answered, tokenizer)
     else:
-        tokens, targets = train.encode_chat([*answered, *answered], tokenizer, 999)
+        tokens, targets = train.encode_chat([*answered, *answered], tokenizer)
         assert tokenizer.decode(targets[targets != -100]).count("ok" + end) == 2
         whole = tokenizer.chat([*answered, *answered], answering=False)
         assert whole.startswith(tokenizer.decode(tokens))
@@ -1783,7 +1783,7 @@ def test_conversations_train_the_assistants_words_only(tmp_path, monkeypatch, ca
     made_tokenizer(tmp_path / "m")
     tokenizer = load_tokenizer("m")
     save_model(Llama(dataclasses.replace(eval_tasks.TINY, vocab_size=400)).init_weights(0), "m")
-    tokens, targets = train.encode_chat(CHAT, tokenizer, 200)
+    tokens, targets = train.encode_chat(CHAT, tokenizer)
     whole = tokenizer.chat(CHAT[:3]) + "no 3<|im_end|>"
     assert tokenizer.decode(tokens) == whole and tokens.tolist() == tokenizer.encode(whole)
     assert tokenizer.decode(targets[targets != -100]) == "ok<|im_end|>no 3<|im_end|>"
@@ -1811,8 +1811,13 @@ def test_conversations_train_the_assistants_words_only(tmp_path, monkeypatch, ca
     tuned = load_tokenizer("base")
     assert tuned.chat(CHAT) == tokenizer.chat(CHAT)
     assert tuned.eos_ids == (5, tuned.special["<|im_end|>"])
-    long = json.dumps({"question": "a" * 999, "answer": "b"})
-    for line, words in (("{}", "line 13"), ('{"messages": []}', "line 13"), (long, "--seq_len 200"),
+    long = train.as_messages({"question": "a" * 999, "answer": "b"})  # left out and counted
+    fewer = train.ChatData([long, *chats, long], tokenizer, 200, 2, 4, 0)
+    assert "2 of 14 conversations are longer than --seq_len 200" in capsys.readouterr().err
+    assert len(fewer.held_out) == 4 and sum(map(len, fewer.packs)) == 8
+    with pytest.raises(ValueError, match="at most --seq_len 200 tokens: too few"):
+        train.ChatData([long] * 20, tokenizer, 200, 2, 4, 0)
+    for line, words in (("{}", "line 13"), ('{"messages": []}', "line 13"),
                         ('{"messages": [{"role": "user"}]}', "line 13")):
         (tmp_path / "c.jsonl").write_text("\n".join([*lines, line]))
         with pytest.raises(ValueError, match=words):

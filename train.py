@@ -324,12 +324,16 @@ class ChatData:
 
     def __init__(self, conversations, tokenizer, seq_len, n_seq, n_held_out, seed):
         self.tokenizer, self.seq_len, self.n_seq, self.seed = tokenizer, seq_len, n_seq, seed
-        if len(conversations) <= n_held_out:
-            raise ValueError(f"--data has {len(conversations)} conversations: too few to hold out "
-                             f"--eval_seqs {n_held_out}")
         order = np.random.default_rng(seed).permutation(len(conversations))
-        conversations = [conversations[i] for i in order]
-        chats = [encode_chat(messages, tokenizer, seq_len) for messages in conversations]
+        chats = [(encode_chat(conversations[i], tokenizer), conversations[i]) for i in order]
+        fitting = [(chat, messages) for chat, messages in chats if len(chat[0]) <= seq_len]
+        if len(fitting) < len(chats):
+            print(f"{len(chats) - len(fitting)} of {len(chats)} conversations are longer than "
+                  f"--seq_len {seq_len} and left out", file=sys.stderr)
+        if len(fitting) <= n_held_out:
+            raise ValueError(f"--data has {len(fitting)} conversations of at most --seq_len "
+                             f"{seq_len} tokens: too few to hold out --eval_seqs {n_held_out}")
+        chats, conversations = zip(*fitting)
         self.held_out = [collate([ids], [targets]) for ids, targets in chats[:n_held_out]]
         self.exams = [(messages[:-1], final_answer(messages[-1]["content"]))
                       for messages in conversations[:n_held_out]]
@@ -392,10 +396,10 @@ def as_messages(row) -> list:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def encode_chat(messages, tokenizer, seq_len):
+def encode_chat(messages, tokenizer):
     """Token ids of a conversation and its targets, both (n,): the prompt of each of the assistant's
-    turns, then the turn and its end. Raises ValueError if it is longer than seq_len, or its chat
-    format does not end a turn, or writes a turn otherwise once it is past."""
+    turns, then the turn and its end. Raises ValueError if its chat format does not end a turn, or
+    writes a turn otherwise once it is past."""
     whole, end = tokenizer.chat(messages, answering=False), tokenizer.end_of_turn
     ids, learned, at = [], [], 0
     for i, message in enumerate(messages):
@@ -410,10 +414,6 @@ def encode_chat(messages, tokenizer, seq_len):
             ids += before + turn
             learned += [False] * len(before) + [True] * len(turn)
             at = stop
-    if len(ids) > seq_len:
-        words = messages[0]["content"][:40]
-        raise ValueError(f"the conversation {words!r} has {len(ids)} tokens, more than --seq_len "
-                         f"{seq_len}")
     tokens, mask = torch.tensor(ids), torch.tensor(learned[1:] + [False])
     return tokens, torch.where(mask, tokens.roll(-1), -100)
 
