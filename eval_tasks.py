@@ -2785,6 +2785,12 @@ def main():
     model = load_model(config.model, config.device, DTYPES[config.dtype])
     tokenizer = tokenizer_for(config.tasks.split(","), model, config.model, config.chat)
     policy.cache(model)  # refuse what does not fit before anything runs
+    if config.overwrite and os.path.exists(config.out):  # and before anything is removed
+        for name, length in jobs(config):
+            if name.startswith("litsearch:"):
+                litsearch_data(config.data)
+            else:
+                examples_of(config, name, length, tokenizer)
     done = open_results(config.out, config)
     before = set(done)
     keys = evaluate(config, policy, model, tokenizer, done)

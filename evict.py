@@ -28,7 +28,7 @@ from torch import nn
 
 from attention_triton import attention
 from model import (Everything, KVCache, Llama, LlamaConfig, Method, assign, flag, generate,
-                   load_heads, parse, rope, rotate, run, write_tensors)
+                   load_heads, load_pattern, parse, rope, rotate, run, write_tensors)
 
 # --- rules ---------------------------------------------------------------------------------------
 # A rule says what a KV head stores. `takes` names the settings that it reads, `sweep` the settings
@@ -93,7 +93,8 @@ class Heads(Full):
         mask = self.settings.heads
         shape = config.n_layer, config.n_kv_head
         if mask is None or tuple(mask.shape) != shape:
-            raise ValueError(f"policy heads needs a mask of {shape} heads")
+            found = None if mask is None else tuple(mask.shape)
+            raise ValueError(f"policy heads needs a mask of {shape} heads, not {found}")
         ring, full = Ring(self.settings), RULES[self.settings.full](self.settings)
         return [[full if x else ring for x in layer] for layer in mask.tolist()]
 
@@ -349,10 +350,10 @@ class Flags:
                                     "knorm random) or in all (h2o tova locret streaming)", least=0)
     keep: float | None = flag(None, "instead of budget: share of a chunk, or of all", least=0)
     chunk: int | None = flag(None, "prefill so many tokens at a time (default: all)", least=1)
-    sink: int | None = flag(None, "first tokens always kept (default: 0, streaming and heads 128)",
-                            least=0)
+    sink: int | None = flag(None, "first tokens always kept (default: 0, streaming 128, heads as "
+                                  "learned)", least=0)
     window: int | None = flag(None, "streaming, heads: last tokens seen, the query's own included "
-                                    "(default: 1024)", least=1)
+                                    "(default: 1024, heads as learned)", least=1)
     obs_window: int = flag(64, "last queries that judge a chunk [tokens]", least=1)
     recent: int | None = flag(None, "last entries kept before all others (default: obs_window for "
                                     "snapkv pyramidkv knorm locret, half of h2o's budget)", least=0)
@@ -370,6 +371,10 @@ class Flags:
     def __post_init__(self):
         if self.heads is not None and self.policy == "full":
             self.policy = "heads"
+        if isinstance(self.heads, str):
+            learned = load_pattern(self.heads)
+            self.sink = learned.get("sink") if self.sink is None else self.sink
+            self.window = learned.get("window") if self.window is None else self.window
 
     def cache(self, model, seed=0, batch=1):
         """The cache of these flags; reads the files that they name."""
@@ -408,9 +413,9 @@ def advice(policy, footprint) -> str:
     """A line for a run under a policy that spared next to nothing, else ''."""
     if policy == "full" or footprint < 0.9:
         return ""
-    return (f"policy {policy} spared next to nothing (footprint {footprint:.3f}): prompts within "
-            "its budget or window, scores of heads without --sparsity, or prompts read whole, "
-            "without --chunk")
+    return (f"policy {policy} spared next to nothing over the whole run (footprint "
+            f"{footprint:.3f}): prompts within its budget or window, scores of heads without "
+            "--sparsity, or prompts read whole, without --chunk, and dropped only then")
 
 
 # --- Locret: a trained scorer --------------------------------------------------------------------

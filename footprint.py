@@ -31,8 +31,8 @@ import train
 from eval_tasks import (answer, build, by, code_fingerprint, open_results, score, tiny_model,
                         tokenizer_for)
 from evict import RULES, load_scorer, make_cache
-from model import (DTYPES, append_line, fingerprint, flag, join, load_heads, load_model, parse,
-                   run, write_svg)
+from model import (DTYPES, append_line, fingerprint, flag, join, load_heads, load_model,
+                   load_pattern, parse, run, write_svg)
 
 # --- closed forms --------------------------------------------------------------------------------
 # n prompt tokens in chunks of `chunk`, then m tokens one by one; N = n + m. All return (footprint,
@@ -171,13 +171,13 @@ def learn(config, method, name, *flags):
 
 
 def masks(config) -> list:
-    """Masks from --heads, or learned on the tiny model at four sparsities."""
+    """(mask, its sink and window) from --heads, or learned on the tiny model at four sparsities."""
     paths = config.heads.split(",") if config.heads else []
     for sparsity in () if paths or config.model else ("0.25", "0.5", "0.75", "0.9"):
         flags = ["--target_sparsity", sparsity, "--sink", str(config.sink)]
         flags += ["--window", str(config.window), "--n_random", "1"]
         paths.append(learn(config, "prulong", "heads.tsv", *flags))
-    return [load_heads(path) for path in paths]
+    return [(load_heads(path), load_pattern(path)) for path in paths]
 
 
 PATCHED = ("snapkv+patch", "pyramidkv+patch")
@@ -200,7 +200,8 @@ def points(config, model, length):
             if not found:
                 print(f"left out: {curve}, which needs --heads")
             sizes = dict(sink=config.sink, window=config.window)
-            yield from ((curve, settings | sizes | dict(heads=mask)) for mask in found)
+            for mask, learned in found:  # with the sink and window that it was learned with
+                yield curve, settings | sizes | learned | dict(heads=mask)
             continue
         if "scorer" in rule.takes:
             path = config.scorer
@@ -294,7 +295,6 @@ def main():
     config, = parse([Config], description="Score against KV footprint of every eviction policy.")
     join(config.device)
     path = os.path.join(config.out_dir, "results.jsonl")
-    done = open_results(path, config)
     tasks = list(dict.fromkeys(config.tasks.split(",")))
     lengths = list(dict.fromkeys(int(n) for n in config.lengths.split(",")))
     folder, tokenizer = config.model, None
@@ -313,6 +313,9 @@ def main():
             for point in sweeps[length]]
     prompts = functools.cache(
         lambda task, length: build(task, config.examples, length, config.seed, tokenizer))
+    for task, length in itertools.product(tasks, lengths):
+        prompts(task, length)
+    done = open_results(path, config)  # now that nothing is missing
     results, reused = [], 0
     for task, length, curve, settings in tqdm(jobs, "points", unit="point", disable=None):
         known = {name: plain(value) for name, value in settings.items()}

@@ -1288,8 +1288,20 @@ def load_heads(path, sparsity=None):
     finished = bool(((values == 0) | (values == 1)).all())
     if finished and not torch.equal(mask, values == 1):
         has = 1 - values.mean().item()
-        raise ValueError(f"{path}: a finished mask of sparsity {has:.4g}, not {sparsity:g}")
+        raise ValueError(f"{path}: a finished mask of sparsity {has:.4g}, not {sparsity:g}; other "
+                         "sparsities come from scores")
     return mask
+
+
+def load_pattern(path) -> dict:
+    """sink and window [tokens] that were learned with a mask file, from DuoAttention's config.json
+    beside it (pattern.json where that is the model's); {} without one."""
+    for name in ("pattern.json", "config.json"):
+        file = os.path.join(os.path.dirname(path), name)
+        about = read_json(file) if os.path.exists(file) else {}
+        if "sink_size" in about and "recent_size" in about:
+            return {"sink": int(about["sink_size"]), "window": int(about["recent_size"])}
+    return {}
 
 
 # --- tokenizer -----------------------------------------------------------------------------------
@@ -1704,7 +1716,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 @dataclass
 class Config:
     model: str | None = flag(None, "folder with config.json and safetensors")
-    prompt: str | None = flag(None, "text to answer or continue")
+    prompt: str | None = flag(None, "text to answer or continue; - reads it from standard input")
     max_new_tokens: int = flag(256, "longest answer [tokens]", least=1)
     chat: str | None = flag(None, "the prompt's format (default: the folder's own, if it has one)",
                             choices=CHAT_CHOICES, bare="own")
@@ -1723,9 +1735,10 @@ def main():
     join(config.device)
     model = load_model(config.model, config.device, DTYPES[config.dtype])
     tokenizer = load_tokenizer(config.model, config.chat)
-    tokens = tokenizer.document(config.prompt)
+    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    tokens = tokenizer.document(prompt)
     if tokenizer.template or config.chat not in (None, "none"):
-        message = {"role": "user", "content": config.prompt}
+        message = {"role": "user", "content": prompt}
         tokens = tokenizer.encode(tokenizer.chat([message]))
     print(beyond_training(model.config, len(tokens)), end="", file=sys.stderr)
     cache = policy.cache(model, config.seed)
@@ -1743,8 +1756,9 @@ def main():
     reading = len(tokens) / (times[1] - times[0])
     writing = (len(times) - 2) / max(times[-1] - times[1], 1e-9)
     print(f"\n\nprompt: {len(tokens)} tokens at {reading:.1f} tokens/s; answer: {len(answer)} at "
-          f"{writing:.1f} tokens/s\nKV cache ({policy.policy}): {cache.nbytes() / 1e6:.2f} MB, "
-          f"everything would be {full / 1e6:.2f} MB")
+          f"{writing:.1f} tokens/s\nKV cache ({policy.policy}): {cache.nbytes() / 1e6:.2f} MB now, "
+          f"with room for some tokens more; all entries are {full / 1e6:.2f} MB, of which it held "
+          f"at most {float(cache.peak()):.0%}")
     said = evict.advice(policy.policy, float(cache.footprint()))
     if said:
         print(said, file=sys.stderr)

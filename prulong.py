@@ -152,7 +152,8 @@ class Heads(Method):
         for name, mask in masks.items():
             yield name, self.score_mask(mask, runs[name][1], data)
         drawn = [torch.rand(full.shape, generator=rng) for _ in range(c.n_random)]
-        drawn = [discretise(scores, c.target_sparsity) for scores in drawn]
+        sparsity = 1 - self.mask().double().mean().item()  # of --heads, where those were given
+        drawn = [discretise(scores, sparsity) for scores in drawn]
         others = [self.score_mask(mask, model, data) for mask in drawn]
         kinds = {"mean": np.mean, "lowest": min, "highest": max}
         for name, pick in kinds.items() if c.n_random > 1 else ():
@@ -162,8 +163,10 @@ class Heads(Method):
             yield "a random mask", others[0]
 
     def save(self, model, out_dir):
-        """The mask, the scores, and what DuoAttention's config.json says of sink and window."""
-        names = ("heads.tsv", "scores.tsv", "pattern.json")
+        """The mask, the scores, and sink and window as DuoAttention's config.json has them: under
+        that name, unless it is the model's."""
+        with_weights = os.path.exists(os.path.join(out_dir, "model.safetensors"))
+        names = ("heads.tsv", "scores.tsv", "pattern.json" if with_weights else "config.json")
         heads, scores, pattern = (os.path.join(out_dir, name) for name in names)
         save_heads(heads, self.mask())
         save_heads(scores, self.scores())

@@ -589,9 +589,9 @@ def main(argv=None, methods=METHODS):
     data = kind.data(args, config, tokenizer, rows) or own_data(args, tokenizer, rows)
     model = build_model(kind, args, config)
     check_fits(kind, model, data, args)
-    with autocast(args):
+    print(describe(model, data, args), flush=True)
+    with autocast(args):  # scores of the model as it is, which may take as long as the report
         before = kind(model, config, args.seed).before(model, data)
-    print(describe(model, args), flush=True)
     begin(args, config, runs)
     finished = fit_all(runs, model, data, args)
     leave()
@@ -642,12 +642,13 @@ def build_model(method_class, args, config):
     return model.to(args.device)
 
 
-def describe(model, args):
+def describe(model, data, args):
     n = sum(p.numel() for p in model.parameters()) / 1e6
     where = args.model or "a tiny Llama"
     fresh = "fresh weights" if args.from_scratch else "trained"
     return (f"{args.method}: {where} ({n:.2f}M parameters, {fresh}), {args.steps} steps of "
-            f"{args.grad_accum} x {args.batch} x {args.seq_len} tokens of {args.data}, "
+            f"{args.grad_accum} x {args.batch} x {args.seq_len} tokens of {args.data} "
+            f"({type(data).__name__}), "
             f"{args.dtype} on {args.device}")
 
 
