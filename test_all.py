@@ -1750,10 +1750,81 @@ def test_reading_text(tmp_path, capsys):
     with pytest.raises(ValueError, match="spaces.txt: .*egex"):
         train.own_data(filled(data="x"), load_tokenizer(tmp_path),
                        train.Rows(str(tmp_path / "spaces.txt")))
-    (tmp_path / "mds").mkdir()
-    (tmp_path / "mds" / "index.json").write_text("{}")
-    with pytest.raises(ValueError, match="MDS"):
-        own(tmp_path / "mds")
+
+
+def write_mds(folder, columns, samples):
+    """An MDS folder by its definition, of two shards. columns: {name: (encoding, fixed size or
+    None)}; samples: lists of bytes in their order."""
+    shards, half = [], len(samples) // 2
+    for k, part in enumerate((samples[:half], samples[half:])):
+        open_ = [i for i, (_, size) in enumerate(columns.values()) if size is None]
+        sizes = lambda values: np.array([len(values[i]) for i in open_], "<u4").tobytes()
+        bodies = [sizes(values) + b"".join(values) for values in part]
+        header = json.dumps(list(columns)).encode()
+        start = 4 * (len(part) + 2) + len(header)
+        ends = start + np.cumsum([0, *map(len, bodies)])
+        data = np.array([len(part), *ends], "<u4").tobytes() + header + b"".join(bodies)
+        (folder / f"shard.{k}.mds").write_bytes(data)
+        shards.append({"raw_data": {"basename": f"shard.{k}.mds", "bytes": len(data)},
+                       "samples": len(part), "column_names": list(columns),
+                       "column_encodings": [kind for kind, _ in columns.values()],
+                       "column_sizes": [size for _, size in columns.values()]})
+    (folder / "index.json").write_text(json.dumps({"version": 2, "shards": shards}))
+
+
+def test_mds_folders(tmp_path):
+    """Columns of every kind; packs of ids taken apart, as they are or for another tokenizer; a mask
+    says what is learned; what is broken or compressed is named."""
+    array = lambda x: bytes([33, 1 << 2, len(x)]) + np.array(x, "<i4").tobytes()  # int32, 1 axis
+    spans = lambda x: bytes([32, 2 << 2, len(x), 2]) + np.array(x, "<u4").tobytes()
+    texts = [f"document {i} is here" for i in range(20)]
+    samples = []
+    for a, b in zip(texts[::2], texts[1::2]):
+        ids, cut = list((a + b).encode()), len(a)
+        mask = bytes([8, 1 << 2, len(ids)]) + bytes(i >= 3 for i in range(len(ids)))  # uint8
+        samples.append([array(ids), spans([[0, cut], [cut, len(ids)]]), mask, b"u",
+                        np.array([7], "<i8").tobytes(), np.array([1, 2], "<u2").tobytes()])
+    columns = {"input_ids": ("ndarray", None), "indices": ("ndarray", None),
+               "mask": ("ndarray", None), "url": ("str", None), "n": ("int", 8), "pair": ("ndarray:uint16:2", 4)}
+    write_mds(tmp_path, columns, samples)
+    rows, tokenizer = list(train.read_mds(str(tmp_path))), byte_tokenizer()
+    assert len(rows) == 10 and rows[7]["url"] == "u" and rows[7]["n"] == 7
+    assert rows[7]["pair"].tolist() == [1, 2] and "shard.1.mds, sample 2" in rows[7]["where"]
+    source = train.Rows(str(tmp_path), tokenizer)
+    assert [row["text"] for row in source] == texts
+    docs = train.read_text(source, tokenizer)["data"][1]
+    first = docs[0].tolist()
+    assert first[0] == 256 and first[-1] == 257 and first[1:4] == [~c for c in b"doc"]
+    batch = train.learned_pack(docs[:2])
+    assert tokenizer.decode(batch.tokens[1:len(first) - 1]) == texts[0]
+    want = list(texts[0].encode())[3:] + [257]
+    assert batch.targets[:len(first)].tolist() == [-100] * 3 + want + [-100]
+    long = train.read_text(source, tokenizer, "data=21")["data"][1]
+    assert [len(doc) for doc in long] == [len(doc) for doc in docs if len(doc) >= 21]
+    with pytest.raises(ValueError, match="NAME=N of data"):
+        train.read_text(source, tokenizer, "books=5")
+    with pytest.raises(ValueError, match="--data_tokenizer"):
+        next(iter(train.Rows(str(tmp_path))))
+    (tmp_path / "m").mkdir()
+    made_tokenizer(tmp_path / "m")
+    other = load_tokenizer(tmp_path / "m")
+    with pytest.raises(ValueError, match="mask of tokens needs"):
+        train.read_text(source, other)
+    plain = {name: kind for name, kind in columns.items() if name != "mask"}
+    write_mds(tmp_path, plain, [[x for i, x in enumerate(s) if i != 2] for s in samples])
+    found = train.read_text(source, other)["data"][1]
+    assert found[3].tolist() == other.document(texts[3]) + list(other.eos_ids[:1])
+    shard = tmp_path / "shard.1.mds"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="shard.1.mds has .* bytes, its index says"):
+        list(train.read_mds(str(tmp_path)))
+    shard.rename(tmp_path / "shard.1.mds.zstd")
+    with pytest.raises(ValueError, match="zstd -d"):
+        list(train.read_mds(str(tmp_path)))
+    (tmp_path / "index.json").write_text('{"shards": [{}]}')
+    for path, words in ((tmp_path, "not an MDS index"), ("x.parquet", "parquet")):
+        with pytest.raises(ValueError, match=words):
+            list(train.read_path(str(path)))
 
 
 def filled(**flags):
@@ -2098,6 +2169,7 @@ def run_script(args, cwd, env):
     os.chdir(cwd)
     os.environ.update(env)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     sys.argv = [os.path.join(HERE, args[0]), *map(str, args[1:])]
     runpy.run_path(sys.argv[0], run_name="__main__")
 
@@ -2160,13 +2232,11 @@ def test_killed_run_resumes_in_the_same_bits(tmp_path, method):
 
 
 def test_ctrl_c_says_where_resume_goes_on(tmp_path):
-    args = ["train.py", *ARGS, "--steps", "4000", "--out_dir", "cut"]
+    args = ["train.py", *ARGS, "--steps", "400", "--out_dir", "cut"]
     log = tmp_path / "cut" / "log.jsonl"
     child = start(*args, cwd=tmp_path)
     until_step(log, 5, child)
-    while child.is_alive():  # again, should one fall where Python cannot raise it
-        os.kill(child.pid, signal.SIGINT)
-        child.join(5)
+    os.kill(child.pid, signal.SIGINT)
     done = ended(child, tmp_path)
     saved = train.read_about(tmp_path / "cut" / "checkpoint.safetensors")["step"]
     assert done.returncode == 130 and f"--resume goes on from step {saved}" in done.stderr

@@ -26,6 +26,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from torch import distributed
 from tqdm import tqdm
@@ -60,6 +61,9 @@ class Config:
                             choices=tuple(CHAT_FORMATS))
     data: str | None = flag(None, "facts (embedded), stdlib (Python's own sources), problems (word "
                                   "problems), a folder, a file, or name=weight:PATH,...")
+    data_tokenizer: str | None = flag(None, "folder of the tokenizer that made an MDS folder's ids")
+    min_length: str | None = flag(None, "leave out shorter documents [tokens]: N, or NAME=N,... for "
+                                        "sources of a mixture")
     out_dir: str | None = flag(None, "where results go (default: out/METHOD)", free=True)
     steps: int | None = flag(None, "optimizer steps (default: 100)", least=1)
     seq_len: int | None = flag(None, "tokens per sequence (default: 1024, facts 128)", least=8)
@@ -140,10 +144,12 @@ def bound(args, config) -> dict:
 # --- data: batch(i), scores(model, attend, beyond), vocab_size, seed, seq_len --------------------
 
 class Rows:
-    """The dicts of --data, read as they are asked for: lines of .jsonl, the list of a .json, and
-    {"text"} of any other file. sources: name -> (weight, path). Weights are relative, by tokens."""
+    """The dicts of --data, read as they are asked for: lines of .jsonl, the list of a .json, the
+    samples of an MDS folder and {"text"} of any other file. sources: name -> (weight, path).
+    Weights are relative, by tokens. writer: the tokenizer of --data_tokenizer."""
 
-    def __init__(self, spec):
+    def __init__(self, spec, writer=None):
+        self.writer = writer
         self.sources = {"data": (1.0, spec)}
         if "=" in spec and not os.path.exists(spec):
             self.sources = {}
@@ -155,7 +161,24 @@ class Rows:
                     raise ValueError(f"--data: expected name=weight:PATH, got {part!r}")
 
     def __iter__(self):
-        return itertools.chain(*(read_path(path) for _, path in self.sources.values()))
+        """Dicts with a text, also where a folder has token ids alone."""
+        for row in itertools.chain(*(self.read(path) for _, path in self.sources.values())):
+            if "input_ids" in row and "text" not in row:
+                row["text"] = self.writer.decode(row["input_ids"], marks=False)
+            yield row
+
+    def read(self, path):
+        """The dicts of a path; a pack of token ids is taken apart into its documents."""
+        for row in read_path(path):
+            if "input_ids" not in row or "text" in row:
+                yield row
+                continue
+            if self.writer is None:
+                raise ValueError(f"{row['where']}: token ids need --data_tokenizer, the folder of "
+                                 "the tokenizer that made them")
+            for a, b in row.get("indices", [(0, len(row["input_ids"]))]):
+                parts = {name: row[name][a:b] for name in ("input_ids", "mask") if name in row}
+                yield row | parts
 
 
 def read_path(path):
@@ -167,9 +190,11 @@ def read_path(path):
     elif path == "stdlib":
         yield from read_folder(sysconfig.get_paths()["stdlib"], ".py", ("test", "site-packages"))
     elif os.path.isdir(path):
-        if os.path.exists(os.path.join(path, "index.json")):
-            raise ValueError(f"{path}: an MDS folder, which cannot be read yet")
-        yield from read_folder(path)
+        mds = os.path.exists(os.path.join(path, "index.json"))
+        yield from (read_mds if mds else read_folder)(path)
+    elif path.endswith(".parquet"):
+        raise ValueError(f"{path}: parquet is not read; pandas.read_parquet(FILE).to_json(OUT, "
+                         "orient='records', lines=True) makes a jsonl file of it")
     elif path.endswith(".json"):
         yield from read_json(path)
     elif path.endswith(".jsonl"):
@@ -212,6 +237,67 @@ def read_folder(path, ending="", skip=()):
         print(f"{path}: {len(wrong)} files passed over, or their rest; {wrong[0]}", file=sys.stderr)
 
 
+# --- MDS folders, as mosaicml-streaming writes them: index.json with shards ----------------------
+
+def read_mds(path):
+    """The samples of a folder. Raises ValueError for a shard that is cut short or compressed."""
+    index = os.path.join(path, "index.json")
+    try:
+        shards = [(s["raw_data"]["basename"], s["raw_data"]["bytes"], int(s["samples"]), list(zip(
+            s["column_names"], s["column_encodings"], s["column_sizes"])))
+            for s in read_json(index)["shards"]]
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{index}: not an MDS index ({type(e).__name__}: {e})") from None
+    for name, size, n, columns in shards:
+        file = os.path.join(path, os.path.basename(name))
+        if not os.path.exists(file) and os.path.exists(file + ".zstd"):
+            raise ValueError(f"{file}.zstd is compressed: zstd -d {file}.zstd -o {file}")
+        if os.path.getsize(file) != size:
+            raise ValueError(f"{file} has {os.path.getsize(file)} bytes, its index says {size}")
+        data = np.memmap(file, np.uint8, "r")
+        bounds = data[4:4 * (n + 2)].view("<u4")  # behind the number of samples
+        for i, (a, b) in enumerate(itertools.pairwise(bounds.tolist())):
+            yield mds_sample(data[a:b], columns) | {"where": f"{file}, sample {i}"}
+
+
+def mds_sample(data, columns) -> dict:
+    """A sample's bytes as a dict. First come the sizes of those columns that have no fixed one."""
+    open_ = [name for name, _, size in columns if size is None]
+    sizes = dict(zip(open_, data[:4 * len(open_)].view("<u4").tolist()))
+    row, at = {}, 4 * len(open_)
+    for name, encoding, size in columns:
+        size = sizes.get(name, size)
+        row[name] = mds_value(data[at:at + size], *encoding.split(":"))
+        at += size
+    return row
+
+
+MDS_DTYPES = {8: "u1", 9: "i1", 16: "u2", 17: "i2", 18: "f2", 32: "u4", 33: "i4", 34: "f4",
+              64: "u8", 65: "i8", 66: "f8"}
+
+
+def mds_value(data, kind, dtype=None, shape=None):
+    """A column's bytes as what its encoding says. Nothing is unpickled."""
+    if kind == "str":
+        return data.tobytes().decode()
+    if kind == "bytes":
+        return data.tobytes()
+    if kind == "int":
+        return int(data.view("<i8")[0])
+    if kind != "ndarray":
+        if kind in np.sctypeDict and np.dtype(kind).kind in "iuf":
+            return data.view(kind)[0].item()
+        raise ValueError(f"MDS columns of {kind} are not read")
+    if dtype is None:
+        dtype, data = MDS_DTYPES[int(data[0])], data[1:]
+    if shape is not None:
+        return data.view(dtype).reshape([int(n) for n in shape.split(",")])
+    ndim, width = int(data[0]) >> 2, 1 << (int(data[0]) & 3)  # bytes of each number of the shape
+    end = 1 + ndim * width
+    shape = data[1:end].view(f"<u{width}").tolist()
+    return np.frombuffer(data[end:].tobytes(), dtype).reshape(shape)
+
+
 def own_data(args, tokenizer, rows):
     """The data of methods that bring none: the fact stream, text or conversations."""
     shape = args.seq_len, args.batch, args.eval_seqs, args.seed
@@ -221,26 +307,63 @@ def own_data(args, tokenizer, rows):
     if first is None:
         raise ValueError(f"--data {args.data}: no documents")
     if "text" in first:
-        return TextData(read_text(rows, tokenizer), tokenizer, *shape)
+        return TextData(read_text(rows, tokenizer, args.min_length), tokenizer, *shape)
     return ChatData([as_messages(row) for row in rows], tokenizer, *shape)
 
 
-def read_text(rows, tokenizer) -> dict:
-    """name -> (weight, [token ids of each document, BOS before and EOS behind])."""
-    sources, end = {}, list(tokenizer.eos_ids[:1])
+def read_text(rows, tokenizer, min_length=None) -> dict:
+    """name -> (weight, [token ids of each document, BOS before and EOS behind]). A token that is
+    not to be learned, t, stands there as ~t, a negative number."""
+    sources, least = {}, least_lengths(min_length, rows.sources)
     for name, (weight, path) in rows.sources.items():
         docs = []
-        for row in tqdm(read_path(path), f"tokens of {name}", unit=" documents", disable=None):
+        for row in tqdm(rows.read(path), f"tokens of {name}", unit=" documents", disable=None):
             where = row.get("where", path)
-            if not isinstance(row.get("text"), str):
+            if "input_ids" not in row and not isinstance(row.get("text"), str):
                 raise ValueError(f'{where}: expected an object with a "text"')
             try:
-                tokens = tokenizer.document(row["text"]) + end
+                tokens = document_ids(row, tokenizer, rows.writer)
             except ValueError as e:
                 raise ValueError(f"{where}: {e}") from None
-            docs.append(np.array(tokens, dtype=np.int32))
+            if len(tokens) >= least[name]:
+                docs.append(tokens)
         sources[name] = weight, docs
     return sources
+
+
+def least_lengths(spec, names) -> dict:
+    """--min_length by source."""
+    if spec is None or spec.isdigit():
+        return dict.fromkeys(names, int(spec or 0))
+    given = dict(part.partition("=")[::2] for part in spec.split(","))
+    if not given.keys() <= set(names) or not all(n.isdigit() for n in given.values()):
+        raise ValueError(f"--min_length {spec}: expected N, or NAME=N of {', '.join(names)}")
+    return dict.fromkeys(names, 0) | {name: int(n) for name, n in given.items()}
+
+
+def document_ids(row, tokenizer, writer):
+    """A document's ids, int32 (n,): of its text, or those that it came with, if the tokenizer that
+    made them is the model's, else of their text."""
+    end = list(tokenizer.eos_ids[:1])
+    if "text" not in row and writer.bytes == tokenizer.bytes:
+        ids = row["input_ids"].astype(np.int32)
+        if "mask" in row:
+            ids = np.where(row["mask"].astype(bool), ids, ~ids)
+        first, last = (int(ids[i]) if ids[i] >= 0 else ~int(ids[i]) for i in (0, -1))
+        begin = [tokenizer.bos_id] if tokenizer.add_bos and first != tokenizer.bos_id else []
+        end = [] if last in tokenizer.eos_ids else end
+        return np.concatenate((begin, ids, end)).astype(np.int32)
+    if "text" not in row and "mask" in row:
+        raise ValueError("a mask of tokens needs ids of the model's own tokenizer")
+    text = row["text"] if "text" in row else writer.decode(row["input_ids"], marks=False)
+    return np.array(tokenizer.document(text) + end, dtype=np.int32)
+
+
+def learned_pack(docs):
+    """A Batch of documents in which ~t stands for a token t that is no target."""
+    docs = [torch.from_numpy(np.asarray(doc)).long() for doc in docs]
+    targets = [F.pad(doc[1:].where(doc[1:] >= 0, -100), (0, 1), value=-100) for doc in docs]
+    return collate([doc.where(doc >= 0, ~doc) for doc in docs], targets)
 
 
 class Packs:
@@ -283,9 +406,9 @@ class TextData:
                 raise ValueError(f"--data {name}: {len(self.tokens[i])} tokens are too few for "
                                  f"{held} held-out sequences of {seq_len} and one to train on")
             packs.append((weight, n))
-            self.held_out += [collate(self.pack(i, n + j)) for j in range(held)]
+            self.held_out += [learned_pack(self.pack(i, n + j)) for j in range(held)]
         self.order = Packs(packs, seed)
-        self.vocab_size = 1 + max(int(tokens.max()) for tokens in self.tokens)
+        self.vocab_size = 1 + max(int(np.maximum(t, ~t).max()) for t in self.tokens)
 
     def pack(self, source, index) -> list:
         """The documents, or parts of them, in a pack; one token alone predicts nothing."""
@@ -299,7 +422,7 @@ class TextData:
         docs = []
         for j in range(i * self.n_seq, (i + 1) * self.n_seq):
             docs += self.pack(*self.order.pick(j))
-        return collate(docs)
+        return learned_pack(docs)
 
     def scores(self, model, attend=None, beyond=0) -> dict:
         return {"held-out loss": held_out_loss(model, self.held_out, attend)}
@@ -585,7 +708,8 @@ def main(argv=None, methods=METHODS):
     tokenizer = None
     if args.data not in STREAMS:
         tokenizer = load_tokenizer(args.model, args.chat) if args.model else byte_tokenizer()
-    rows, kind = Rows(args.data), methods[args.method]
+    writer = load_tokenizer(args.data_tokenizer) if args.data_tokenizer else None
+    rows, kind = Rows(args.data, writer), methods[args.method]
     data = kind.data(args, config, tokenizer, rows) or own_data(args, tokenizer, rows)
     model = build_model(kind, args, config)
     check_fits(kind, model, data, args)
