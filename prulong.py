@@ -270,7 +270,10 @@ class PruLong(Heads):
         closed = 1 - (z if c.sampled_sparsity else probability_open(self.log_alpha)).mean()
         target = self.target(step, steps)
         penalty = self.penalty(closed - target)
-        metrics = {"lm_loss": lm.item(), "sparsity": closed.item(), "target": target}
+        sure = self.log_alpha.detach().sigmoid()  # a half-open gate counts as half a closed one:
+        metrics = {"lm_loss": lm.item(), "sparsity": closed.item(), "target": target,
+                   "closed": (sure < 0.5).float().mean().item(),  # so these say how far it is
+                   "undecided": ((sure > 0.1) & (sure < 0.9)).float().mean().item()}
         return lm + penalty, metrics
 
     def penalty(self, gap):

@@ -1785,7 +1785,8 @@ def test_mds_folders(tmp_path):
         samples.append([array(ids), spans([[0, cut], [cut, len(ids)]]), mask, b"u",
                         np.array([7], "<i8").tobytes(), np.array([1, 2], "<u2").tobytes()])
     columns = {"input_ids": ("ndarray", None), "indices": ("ndarray", None),
-               "mask": ("ndarray", None), "url": ("str", None), "n": ("int", 8), "pair": ("ndarray:uint16:2", 4)}
+               "mask": ("ndarray", None), "url": ("str", None), "n": ("int", 8),
+               "pair": ("ndarray:uint16:2", 4)}
     write_mds(tmp_path, columns, samples)
     rows, tokenizer = list(train.read_mds(str(tmp_path))), byte_tokenizer()
     assert len(rows) == 10 and rows[7]["url"] == "u" and rows[7]["n"] == 7

@@ -62,8 +62,8 @@ class Config:
     data: str | None = flag(None, "facts (embedded), stdlib (Python's own sources), problems (word "
                                   "problems), a folder, a file, or name=weight:PATH,...")
     data_tokenizer: str | None = flag(None, "folder of the tokenizer that made an MDS folder's ids")
-    min_length: str | None = flag(None, "leave out shorter documents [tokens]: N, or NAME=N,... for "
-                                        "sources of a mixture")
+    min_length: str | None = flag(None, "leave out shorter documents [tokens]: N, or NAME=N,... "
+                                        "for sources of a mixture")
     out_dir: str | None = flag(None, "where results go (default: out/METHOD)", free=True)
     steps: int | None = flag(None, "optimizer steps (default: 100)", least=1)
     seq_len: int | None = flag(None, "tokens per sequence (default: 1024, facts 128)", least=8)
