@@ -18,6 +18,7 @@ import ast
 import bisect
 import contextlib
 import csv
+import gzip
 import hashlib
 import inspect
 import json
@@ -33,6 +34,7 @@ import sys
 import tempfile
 import time
 import uuid
+import zlib
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
@@ -44,14 +46,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import meco
 from evict import RULES, Flags, advice
 from model import (CHAT_CHOICES, DTYPES, Batch, Llama, LlamaConfig, append_line, barrier,
                    beyond_training, byte_tokenizer, causal, collate, cross_entropy, fingerprint,
-                   flag, generate, join, load_model, load_tokenizer, parse, rank, run, save_model,
-                   world_size)
+                   flag, generate, join, load_model, load_tokenizer, parse, rank, read_json, run,
+                   save_model, world_size)
 
 # --- text metrics --------------------------------------------------------------------------------
 
@@ -2062,6 +2065,96 @@ def load(task, path, n=100, seed=42, tokenizer=None, length=None, chat=None):
     return examples
 
 
+# --- OLMES: multiple choice by log-likelihood (arXiv:2406.08446), MeCo's evaluation --------------
+
+OLMES_METRICS = {  # of a choice: (log-likelihood [nats], tokens, letters) -> what is compared
+    "acc_raw": lambda total, n_token, n_char: total,
+    "acc_per_token": lambda total, n_token, n_char: total / n_token,
+    "acc_per_char": lambda total, n_token, n_char: total / n_char}
+
+
+def olmes_questions(task, folder, n):
+    """(primary metric, [(right choice, [(context, continuation)])]) of the first n questions of
+    TASK or TASK/SUBSET, as OLMES ships them: requests.jsonl.gz beside config.json.
+
+    The subset is test_rc_5shot, else val_rc_5shot, else rc_5shot. Requests without a context,
+    whose doc_id is 1,000,000 or more, are left out. Raises ValueError with the file, and for a
+    metric that is no choice's."""
+    name, _, subset = task.removeprefix("olmes:").partition("/")
+    asked = [subset] if subset else ["test_rc_5shot", "val_rc_5shot", "rc_5shot"]
+    folders = [os.path.join(folder, name, x) for x in asked]
+    path = next((x for x in folders if os.path.isdir(x)), folders[-1])
+    file, questions = os.path.join(path, "requests.jsonl.gz"), {}
+    metric = read_json(os.path.join(path, "config.json")).get("task_config", {})["primary_metric"]
+    if metric not in OLMES_METRICS:
+        raise ValueError(f"{path}: its metric is {metric}: only {', '.join(OLMES_METRICS)}")
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") as f:
+            for row in map(json.loads, f):
+                if row["doc_id"] < 10 ** 6:
+                    request = row["request"]["context"] + "", row["request"]["continuation"] + ""
+                    questions.setdefault(row["doc_id"], (row["label"], []))[1].append(request)
+    except (KeyError, TypeError, ValueError, EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise ValueError(f"{file}: not OLMES's requests ({type(e).__name__}: {e})") from None
+    return metric, list(questions.values())[:n]
+
+
+def choice_ids(tokenizer, context, continuation):
+    """Ids of a context and of what follows: those of both together, cut where the context's end."""
+    bare = context.rstrip(" ")
+    before = tokenizer.document(bare)
+    return before, tokenizer.document(context + continuation)[len(before):]
+
+
+@torch.no_grad()
+def log_likelihoods(model, tokenizer, pairs, make, prefix=()):
+    """(log-likelihood [nats], tokens, letters) of each continuation behind its context, and the
+    first cache. make() is an empty cache; equal contexts are read once."""
+    def ids(x):
+        return torch.tensor(x, device=model.head.device)
+    found, read = [], {}
+    for context, continuation in pairs:
+        before, after = choice_ids(tokenizer, context, continuation)
+        before = [*prefix, *before[len(prefix) > 0 and tokenizer.add_bos:]]
+        if tuple(before) not in read:
+            cache = make()
+            read[tuple(before)] = cache, cache.prefill(model, ids(before))
+        cache, state = read[tuple(before)]
+        states = state[None]
+        if len(after) > 1:
+            more = cache.fork(1).prefill(model, ids(after[:-1]), len(after), every=True)
+            states = torch.cat((states, more))
+        logits = F.linear(states, model.head).float().log_softmax(-1)
+        total = logits.gather(1, ids(after)[:, None]).sum().item()
+        found.append((total, len(after), len(continuation)))
+    return found, next(iter(read.values()))[0]
+
+
+def run_olmes(config, policy, name, model, tokenizer, done, about):
+    """Run an OLMES task's questions that are not done yet. Returns the keys of all."""
+    metric, questions = olmes_questions(name, config.data, config.examples)
+    prefix = meco.prompt(tokenizer, "", config.prefix_host) if config.prefix_host else []
+    shas = [hashlib.sha256(repr(question).encode()).hexdigest()[:16] for question in questions]
+    keys = [json.dumps({"task": name, "i": i, "sha": sha, "host": config.prefix_host, **about})
+            for i, sha in enumerate(shas)]
+    todo = [i for i, key in enumerate(keys) if key not in done][rank()::world_size()]
+    for i in tqdm(todo, name, disable=None if rank() == 0 else True):
+        start, (label, pairs) = time.perf_counter(), questions[i]
+        make = partial(policy.cache, model, config.seed)
+        found, cache = log_likelihoods(model, tokenizer, pairs, make, prefix)
+        metrics = {}
+        for key, value in OLMES_METRICS.items():
+            values = [value(*choice) for choice in found]
+            metrics[key] = float(values.index(max(values)) == label)
+        done[keys[i]] = {
+            "key": keys[i], "task": name, "length": 0, "policy": policy.policy, "i": i,
+            "score": metrics[metric], "metrics": metrics | {"log_likelihoods": found},
+            "footprint": float(cache.footprint()), "peak": float(cache.peak()),
+            "seconds": time.perf_counter() - start}
+        append_line(config.out, done[keys[i]])
+    return keys
+
+
 # --- LitSearch: retrieval (arXiv:2407.18940) -----------------------------------------------------
 
 STOP_WORDS = frozenset((
@@ -2490,9 +2583,9 @@ def tiny_model(seed=0, path=None, max_steps=1200) -> Llama:
 @dataclass
 class Config:
     model: str | None = flag(None, "folder of a Llama (default: the tiny model's recall is shown)")
-    tasks: str = flag("niah_s,niah_mv,icl", "comma-separated: built ones, helmet:NAME or "
-                                            "longproc:NAME (with --data), litsearch:bm25, :dense "
-                                            "or :rerank")
+    tasks: str = flag("niah_s,niah_mv,icl", "comma-separated: built ones, helmet:NAME, "
+                                            "longproc:NAME or olmes:NAME (with --data), "
+                                            "litsearch:bm25, :dense or :rerank")
     lengths: str = flag("1024", "of the prompts, comma-separated [tokens]; longproc and litsearch "
                                 "have their own")
     examples: int = flag(20, "of each task and length", least=1)
@@ -2609,6 +2702,9 @@ def evaluate(config, policy, model, tokenizer, done):
         if name.startswith("litsearch:"):
             keys += run_search(config, name, model, tokenizer, done, about)
             continue
+        if name.startswith("olmes:"):
+            keys += run_olmes(config, policy, name, model, tokenizer, done, about)
+            continue
         examples = examples_of(config, name, length, tokenizer)
         longest = max(len(example.prompt) for example in examples)
         print(beyond_training(model.config, longest), end="", file=sys.stderr)
@@ -2640,7 +2736,7 @@ def jobs(config) -> list:
     """(task, length) of what is asked for."""
     out = []
     for name in config.tasks.split(","):
-        fixed = name.startswith(("longproc:", "litsearch:"))
+        fixed = name.startswith(("longproc:", "litsearch:", "olmes:"))
         lengths = ["0"] if fixed else config.lengths.split(",")
         out += [(name, int(length)) for length in lengths]
     return list(dict.fromkeys(out))  # what is asked for twice is counted once
@@ -2750,11 +2846,14 @@ def check_tasks(config, policy):
         bare = name.split(":")[-1]
         if bare in NEEDS_JUDGE:
             raise ValueError(f"task {name} is not scored here: it needs a judge (a large model)")
+        if name.startswith("olmes:") and config.data is not None and not config.chat:
+            continue
         official = name.startswith(("helmet:", "longproc:"))
         search_kinds = ("litsearch:bm25", "litsearch:dense", "litsearch:rerank")
         if not (name in TASKS or name in search_kinds or official and bare in OFFICIAL):
             raise ValueError(f"unknown task {name!r}: {', '.join(TASKS)}, helmet:NAME, "
-                             f"longproc:NAME, {', '.join(search_kinds)}")
+                             f"longproc:NAME, olmes:NAME (with --data, without --chat), "
+                             f"{', '.join(search_kinds)}")
         if official and config.data is None:
             raise ValueError(f"task {name} needs --data with the benchmark's own files")
         if name in search_kinds and (policy.policy != "full" or config.prefix_host):
@@ -2789,6 +2888,8 @@ def main():
         for name, length in jobs(config):
             if name.startswith("litsearch:"):
                 litsearch_data(config.data)
+            elif name.startswith("olmes:"):
+                olmes_questions(name, config.data, 1)
             else:
                 examples_of(config, name, length, tokenizer)
     done = open_results(config.out, config)

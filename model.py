@@ -788,8 +788,9 @@ class KVCache:
 
     # --- reading a prompt, a chunk at a time ---
 
-    def prefill(self, model, tokens, chunk=None, b=0, decoding=False):
-        """Read tokens (N,) into sequence b. Returns the last one's state (n_embd,)."""
+    def prefill(self, model, tokens, chunk=None, b=0, decoding=False, every=False):
+        """Read tokens (N,) into sequence b. Returns the last one's state (n_embd,), or the states
+        of every token of the last chunk."""
         if not decoding:
             self.reserve([len(tokens) if i == b else 0 for i in range(b + 1)], 1, chunk)
         row = self.row(b)
@@ -805,7 +806,7 @@ class KVCache:
             row.shift_sinks()
             hidden = model.hidden(torch.cat((part, tail)), row.attend_chunk, positions)
             row.seen += len(part)
-        return hidden[len(part) - 1]
+        return hidden[:len(part)] if every else hidden[len(part) - 1]
 
     def attend_chunk(self, layer, q, k, v):
         """The `attend` of a chunk: queries see what is stored and, causally, what is new; then

@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import gzip
 import hashlib
 import io
 import itertools
@@ -3358,6 +3359,53 @@ def test_evaluation_resumes_and_names_what_is_wrong(tmp_path, monkeypatch, capsy
             ("--tasks code_0.5k", "--allow_code_exec"), ("--tasks facts", "token ids")):
         error = go(*EVAL, "--out", "o/y.jsonl", *extra.split()).err
         assert error.count("\n") == 1 and words in error, (extra, error)
+
+
+def put_olmes(folder, requests, metric="acc_per_char"):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"task_config": {"primary_metric": metric}}))
+    lines = [json.dumps({"doc_id": i, "label": label,
+                         "request": {"context": context, "continuation": continuation}})
+             for i, label, context, continuation in requests]
+    with gzip.open(folder / "requests.jsonl.gz", "wt") as f:
+        f.write("\n".join(lines))
+
+
+def test_olmes_questions_by_log_likelihood(tmp_path, monkeypatch, capsys):
+    """Each choice's is that of the whole text in one pass; equal contexts are read once, others
+    too where they differ (WinoGrande); the metric is the task's own; results are reused."""
+    requests = [(0, 1, "Q: a\nA:", " yes"), (0, 1, "Q: a\nA:", " no, never"),
+                (0, 1, "Q: a\nA:", " x"), (10 ** 6, 1, "A:", " yes"), (7, 0, "So Al ", "ran."),
+                (7, 0, "So Bo", " ran.")]
+    put_olmes(tmp_path / "quiz/val_rc_5shot", requests)
+    put_olmes(tmp_path / "quiz/rc_5shot", requests[:1])
+    metric, questions = eval_tasks.olmes_questions("olmes:quiz", str(tmp_path), 9)
+    assert metric == "acc_per_char" and [len(pairs) for _, pairs in questions] == [3, 2]
+    model, tokenizer, read = small(vocab_size=258), byte_tokenizer(), []
+    for _, pairs in questions:
+        make = lambda: read.append(KVCache(model)) or read[-1]
+        found, _ = eval_tasks.log_likelihoods(model, tokenizer, pairs, make)
+        for (context, continuation), (total, n_token, n_char) in zip(pairs, found):
+            ids = torch.tensor(tokenizer.document(context + continuation))
+            p = model(ids[:-1]).log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+            assert n_token == len((context + continuation).encode()) - len(context.rstrip())
+            assert total == pytest.approx(p[-n_token:].sum().item(), abs=1e-4)
+            assert n_char == len(continuation)
+    assert len(read) == 1 + 2
+    save_model(small(vocab_size=258, eos_ids=(257,)), tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    line = ["--model", "model", "--tasks", "olmes:quiz", "--data", ".", "--dtype", "float32"]
+    assert "| olmes:quiz | - | full |" in evaluated(monkeypatch, capsys, *line).out
+    assert "2 of 2 results reused" in evaluated(monkeypatch, capsys, *line, "--resume").out
+    row = json.loads(open("out/eval.jsonl").readline())
+    totals = [total / n_char for total, _, n_char in row["metrics"]["log_likelihoods"]]
+    assert row["score"] == (totals.index(max(totals)) == 1)
+    put_olmes(tmp_path / "math/rc_5shot", requests, "exact_match")
+    (tmp_path / "quiz/val_rc_5shot/requests.jsonl.gz").write_bytes(b"no gz")
+    for task, words in (("olmes:math", "exact_match"), ("olmes:quiz", "not OLMES's requests"),
+                        ("olmes:none", "none")):
+        error = evaluated(monkeypatch, capsys, *line, "--tasks", task, "--out", "y").err
+        assert error.count("\n") == 1 and words in error, error
 
 
 def test_a_comment_changes_no_fingerprint(tmp_path):
