@@ -2274,23 +2274,27 @@ def retrieval_metrics(ranked, gold, k_values=(5, 20)):
 
 
 def litsearch_data(path=None):
-    """LitSearch: (ids, texts, queries {query, corpusids, specificity}).
+    """LitSearch: (ids, texts, queries {query, corpusids, part}). part: specific or broad, and
+    whether the query was written from a citation or by an author; the paper reports these apart.
 
-    path is a folder with query.jsonl (query, corpusids, specificity) and corpus.jsonl (corpusid,
-    title, abstract), converted once from the hub's parquet (princeton-nlp/LitSearch). Papers of the
-    same text count as one, the last. Without a path: the docstrings of Python's standard library;
-    the query is a docstring's first sentence, the document is the rest. Raises ValueError if the
-    corpus lacks every query's papers."""
+    path is a folder with query.jsonl (query, corpusids, specificity, query_set) and corpus.jsonl
+    (corpusid, title, abstract), converted once from the hub's parquet (princeton-nlp/LitSearch).
+    Papers of the same text count as one, the last. Without a path: the docstrings of Python's
+    standard library; the query is a docstring's first sentence, the document is the rest. Raises
+    ValueError if the corpus lacks every query's papers."""
     queries, by_text = [], {}
     if path is None:
         for i, (first, rest) in enumerate(docstrings()):
-            queries.append({"query": first, "corpusids": [i], "specificity": 1})
+            queries.append({"query": first, "corpusids": [i], "part": "specific"})
             by_text[rest] = i
         return list(by_text.values()), list(by_text), queries
     try:
         for row in read_rows(path, "query.jsonl"):
             search_words(row["query"])  # refuses what is no text
-            queries.append({key: row[key] for key in ("query", "corpusids", "specificity")})
+            origin = str(row.get("query_set")).partition("_")[0]
+            part = ("specific" if row["specificity"] == 1 else "broad") + {
+                "inline": ", from citations", "manual": ", by authors"}.get(origin, "")
+            queries.append({"query": row["query"], "corpusids": row["corpusids"], "part": part})
         for row in read_rows(path, "corpus.jsonl"):
             by_text["Title: {title}\nAbstract: {abstract}".format_map(row)] = row["corpusid"]
         golds = [set(query["corpusids"]) for query in queries]
@@ -2332,8 +2336,7 @@ def search(kind, model, tokenizer, data, chosen, ask):
         if kind == "rerank":
             order = listwise(ask, query, [texts[d] for d in ranked[:20]])
             ranked[:20] = [ranked[j] for j in order]
-        metrics = retrieval_metrics([ids[d] for d in ranked], gold)
-        yield i, metrics | {"specific": float(queries[i]["specificity"] == 1)}
+        yield i, retrieval_metrics([ids[d] for d in ranked], gold)
 
 
 # --- word problems: a small instruction set with answers that can be checked ---------------------
@@ -2782,7 +2785,8 @@ def run_search(config, name, model, tokenizer, done, about):
     for i, metrics in search(kind, model, tokenizer, data, todo, ask) if todo else ():
         seconds, start = time.perf_counter() - start, time.perf_counter()
         done[keys[i]] = {"key": keys[i], "task": name, "length": 0, "policy": "full", "i": i,
-                         "score": metrics["recall@5"], "metrics": metrics, "footprint": 1.0,
+                         "part": data[2][i]["part"], "score": metrics["recall@5"],
+                         "metrics": metrics, "footprint": 1.0,
                          "peak": 1.0, "seconds": seconds}
         append_line(config.out, done[keys[i]])
     return list(keys.values())
@@ -2816,6 +2820,11 @@ def report(rows) -> list:
             if name in group[0]["metrics"]:
                 mean = sum(row["metrics"][name] for row in group) / len(group)
                 print(f"| | | {name} | {mean:.3f} | | | | | |")
+        for (part,), rows_of in by([row for row in group if "part" in row], "part"):
+            name = "recall@5" if part.startswith("specific") else "recall@20"  # as the paper
+            values = [row["metrics"][name] for row in rows_of]
+            print(f"| | | {name}, {part} | {sum(values) / len(values):.3f} | "
+                  f"{confidence(values):.3f} | {len(values)} | | | |")
     for (policy, length), group in by(rows, "policy", "length"):
         said = advice(policy, sum(row["footprint"] for row in group) / len(group))
         if said:

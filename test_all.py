@@ -3361,6 +3361,23 @@ def test_evaluation_resumes_and_names_what_is_wrong(tmp_path, monkeypatch, capsy
         assert error.count("\n") == 1 and words in error, (extra, error)
 
 
+def test_litsearch_reports_its_parts_apart(tmp_path, monkeypatch, capsys):
+    """Specific queries by recall at 5, broad ones at 20, from citations and by authors."""
+    words = "attention graphs speech vision".split() + [f"filler{i}" for i in range(30)]
+    papers = [{"corpusid": i, "title": word, "abstract": f"all about {word}"}
+              for i, word in enumerate(words)]
+    sets = ("inline_acl", "manual_acl", "inline_nonacl", "manual_iclr")
+    queries = [{"query": words[i] if i else "nothing known", "corpusids": [i], "specificity": i % 2,
+                "query_set": name} for i, name in enumerate(sets)]
+    write_rows(tmp_path / "corpus.jsonl", papers), write_rows(tmp_path / "query.jsonl", queries)
+    save_model(small(vocab_size=258).float(), tmp_path / "m")
+    line = ["--model", tmp_path / "m", "--tasks", "litsearch:bm25", "--data", tmp_path, "--out"]
+    said = evaluated(monkeypatch, capsys, *line, tmp_path / "x.jsonl").out
+    for part, value, n in (("recall@5, specific, by authors", 1, 2),
+                           ("recall@20, broad, from citations", 0.5, 2)):
+        assert re.search(rf"{part} \| {value:.3f} \| [.\d]+ \| {n} \|", said), said
+
+
 def put_olmes(folder, requests, metric="acc_per_char"):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"task_config": {"primary_metric": metric}}))
