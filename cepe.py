@@ -456,6 +456,8 @@ class Expand(Method):
             return data.held_out_documents()
         n = self.config.context
         documents = [(b.tokens[:n], b.tokens[n:]) for b in data.held_out]
+        if any(int((b.targets == -100).sum()) >= len(b.cu_seqlens) for b in data.held_out):
+            raise ValueError("CEPE learns every token: no data with a mask, and no conversations")
         if any(len(main) < 2 for _, main in documents):
             raise ValueError(f"a held-out sequence ends within --context {n}: CEPE reads text, not "
                              "conversations")

@@ -2085,7 +2085,8 @@ def olmes_questions(task, folder, n):
     folders = [os.path.join(folder, name, x) for x in asked]
     path = next((x for x in folders if os.path.isdir(x)), folders[-1])
     file, questions = os.path.join(path, "requests.jsonl.gz"), {}
-    metric = read_json(os.path.join(path, "config.json")).get("task_config", {})["primary_metric"]
+    about = read_json(os.path.join(path, "config.json"))
+    metric = (about.get("task_config") or {}).get("primary_metric")
     if metric not in OLMES_METRICS:
         raise ValueError(f"{path}: its metric is {metric}: only {', '.join(OLMES_METRICS)}")
     try:
@@ -2093,9 +2094,13 @@ def olmes_questions(task, folder, n):
             for row in map(json.loads, f):
                 if row["doc_id"] < 10 ** 6:
                     request = row["request"]["context"] + "", row["request"]["continuation"] + ""
+                    if not all(request):
+                        raise ValueError(f"question {row['doc_id']} has an empty part")
                     questions.setdefault(row["doc_id"], (row["label"], []))[1].append(request)
     except (KeyError, TypeError, ValueError, EOFError, zlib.error, gzip.BadGzipFile) as e:
         raise ValueError(f"{file}: not OLMES's requests ({type(e).__name__}: {e})") from None
+    if not questions:
+        raise ValueError(f"{file}: no questions")
     return metric, list(questions.values())[:n]
 
 
@@ -2710,7 +2715,8 @@ def evaluate(config, policy, model, tokenizer, done):
             continue
         examples = examples_of(config, name, length, tokenizer)
         longest = max(len(example.prompt) for example in examples)
-        print(beyond_training(model.config, longest), end="", file=sys.stderr)
+        if rank() == 0:
+            print(beyond_training(model.config, longest), end="", file=sys.stderr)
         hashes = [hashlib.sha256(repr((e.prompt, e.gold, e.answer)).encode()) for e in examples]
         own = [json.dumps({"task": name, "length": length, "i": i, "sha": sha.hexdigest()[:16],
                            **about}) for i, sha in enumerate(hashes)]
@@ -2855,7 +2861,7 @@ def check_tasks(config, policy):
         bare = name.split(":")[-1]
         if bare in NEEDS_JUDGE:
             raise ValueError(f"task {name} is not scored here: it needs a judge (a large model)")
-        if name.startswith("olmes:") and config.data is not None and not config.chat:
+        if name.startswith("olmes:") and config.data is not None and not chosen_chat(config):
             continue
         official = name.startswith(("helmet:", "longproc:"))
         search_kinds = ("litsearch:bm25", "litsearch:dense", "litsearch:rerank")
@@ -2900,7 +2906,8 @@ def main():
             elif name.startswith("olmes:"):
                 olmes_questions(name, config.data, 1)
             else:
-                examples_of(config, name, length, tokenizer)
+                examples = examples_of(config, name, length, tokenizer)
+                policy.cache(model).check_window(max(len(e.prompt) for e in examples))
     done = open_results(config.out, config)
     before = set(done)
     keys = evaluate(config, policy, model, tokenizer, done)

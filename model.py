@@ -138,7 +138,7 @@ def sliding_window(hf, kind, n_layer) -> int:
         return 0
     if layers and set(layers) != {"sliding_attention"}:
         raise ValueError(f"unsupported: layers of {', '.join(sorted(set(layers)))}")
-    return int(hf.get("sliding_window") or 0)
+    return int(hf.get("sliding_window", 4096) or 0)  # the hub's default
 
 
 def rope_scaling(rope, hf):
@@ -1451,9 +1451,13 @@ class Tokenizer:
                       tools=None, documents=None, **self.names)
 
     def find_end_of_turn(self):
-        """The special token that the chat format writes behind an answer, or None."""
+        """The special token that the chat format writes behind an answer, or None; a format that
+        cannot be written says so when it is asked for."""
         asked, answer = {"role": "user", "content": "Well?"}, "That is my whole answer."
-        text = self.chat([asked, {"role": "assistant", "content": answer}], answering=False)
+        try:
+            text = self.chat([asked, {"role": "assistant", "content": answer}], answering=False)
+        except ValueError:
+            return None
         return next(iter(self.cut.findall(text.partition(answer)[2])), None)
 
 
@@ -1471,7 +1475,7 @@ def render(template, **values) -> str:
     jinja.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     try:
         return jinja.from_string(template).render(values)
-    except (TemplateError, TypeError) as e:
+    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as e:
         raise ValueError(f"chat template: {e}") from None
 
 
@@ -1498,6 +1502,8 @@ def load_tokenizer(path, chat=None) -> Tokenizer:
     if not os.path.exists(name):
         name, read = os.path.join(path, "tokenizer.model"), parse_tokenizer_model
     if not os.path.exists(name):
+        if chat in CHAT_FORMATS:
+            raise ValueError(f"{path}: bytes have no special tokens for --chat {chat}")
         return byte_tokenizer(config.get("vocab_size", 258))
     try:
         parts = read(name)
@@ -1604,6 +1610,7 @@ def character_bpe(spec, special) -> CharacterBPE:
         raise ValueError(f"normalizer {what} with pre_tokenizer {cut.get('type')}")
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     strip = any(step.get("type") == "Strip" for step in decoder.get("decoders", ()))
+    strip |= decoder.get("type") == "Metaspace" and prefix != ""
     return CharacterBPE(model["vocab"], merges, prefix, each, strip)
 
 

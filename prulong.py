@@ -165,7 +165,7 @@ class Heads(Method):
     def save(self, model, out_dir):
         """The mask, the scores, and sink and window as DuoAttention's config.json has them: under
         that name, unless it is the model's."""
-        with_weights = os.path.exists(os.path.join(out_dir, "model.safetensors"))
+        with_weights = any(name.startswith("model") for name in os.listdir(out_dir))
         names = ("heads.tsv", "scores.tsv", "pattern.json" if with_weights else "config.json")
         heads, scores, pattern = (os.path.join(out_dir, name) for name in names)
         save_heads(heads, self.mask())

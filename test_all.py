@@ -737,8 +737,9 @@ def test_a_sliding_window_bounds_the_cache_and_rules_out_other_attention(tmp_pat
     config = dataclasses.replace(TINY, window=64)
     save_model(Llama(config).init_weights(0), "m")
     line = "--model m --data facts --steps 1 --eval_seqs 1 --n_random 1".split()
-    with pytest.raises(ValueError, match="sliding window of 64"):
-        train.main(["--method", "prulong", *line])
+    for methods in (["prulong"], ["lm", "--beside", "prulong"]):
+        with pytest.raises(ValueError, match="sliding window of 64"):
+            train.main(["--method", *methods, *line[:-2]])
     train.main(["--method", "prulong", *line, "--seq_len", "64", "--window", "8"])
 
 
@@ -1582,6 +1583,10 @@ def test_weights_learn_under_frozen_masks(tmp_path):
     assert method.log_alpha.grad is None and model.model.norm.weight.grad is not None
     groups = method.param_groups(model, train.Config(lr=1.0, weight_decay=0.1))
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    save_model(model, tmp_path / "out", max_shard_bytes=4000)  # its config.json must stay
+    assert super(prulong.PruLong, method).save(model, tmp_path / "out")[-1].endswith("pattern.json")
+    assert model_file.load_pattern(tmp_path / "out/heads.tsv") == {"sink": 1, "window": 4}
+    assert load_model(tmp_path / "out").config == model.config
     with pytest.raises(ValueError, match="--heads"):
         prulong.PruLong(model, config_of(prulong.PruLong, train="weights"))
     with pytest.raises(ValueError, match="not a mask of the model"):
@@ -1823,6 +1828,12 @@ def test_mds_folders(tmp_path):
     shard.rename(tmp_path / "shard.1.mds.zstd")
     with pytest.raises(ValueError, match="zstd -d"):
         list(train.read_mds(str(tmp_path)))
+    write_rows(tmp_path / "ids.jsonl", [{"input_ids": [97, 98], "indices": [[0, 2], [2, 2]]}])
+    two = train.read_text(train.Rows(str(tmp_path / "ids.jsonl"), tokenizer), tokenizer)["data"][1]
+    assert [doc.tolist() for doc in two] == [[256, 97, 98, 257], [256, 257]]
+    (tmp_path / "a.json").write_text('{"data": []}')
+    with pytest.raises(ValueError, match="a.json: expected a list of objects"):
+        list(train.read_path(str(tmp_path / "a.json")))
     (tmp_path / "index.json").write_text('{"shards": [{}]}')
     for path, words in ((tmp_path, "not an MDS index"), ("x.parquet", "parquet")):
         with pytest.raises(ValueError, match=words):
@@ -3418,9 +3429,12 @@ def test_olmes_questions_by_log_likelihood(tmp_path, monkeypatch, capsys):
     totals = [total / n_char for total, _, n_char in row["metrics"]["log_likelihoods"]]
     assert row["score"] == (totals.index(max(totals)) == 1)
     put_olmes(tmp_path / "math/rc_5shot", requests, "exact_match")
+    put_olmes(tmp_path / "empty/rc_5shot", [])
+    put_olmes(tmp_path / "odd/rc_5shot", [(0, 0, "", "x")])
     (tmp_path / "quiz/val_rc_5shot/requests.jsonl.gz").write_bytes(b"no gz")
     for task, words in (("olmes:math", "exact_match"), ("olmes:quiz", "not OLMES's requests"),
-                        ("olmes:none", "none")):
+                        ("olmes:none", "none"), ("olmes:empty", "no questions"),
+                        ("olmes:odd", "an empty part")):
         error = evaluated(monkeypatch, capsys, *line, "--tasks", task, "--out", "y").err
         assert error.count("\n") == 1 and words in error, error
 

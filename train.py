@@ -174,10 +174,12 @@ class Rows:
                 yield row
                 continue
             if self.writer is None:
-                raise ValueError(f"{row['where']}: token ids need --data_tokenizer, the folder of "
-                                 "the tokenizer that made them")
+                where = row.get("where", path)
+                raise ValueError(f"{where}: token ids need --data_tokenizer, the folder of the "
+                                 "tokenizer that made them")
             for a, b in row.get("indices", [(0, len(row["input_ids"]))]):
-                parts = {name: row[name][a:b] for name in ("input_ids", "mask") if name in row}
+                names = [name for name in ("input_ids", "mask") if name in row]
+                parts = {name: np.asarray(row[name])[a:b] for name in names}
                 yield row | parts
 
 
@@ -196,7 +198,10 @@ def read_path(path):
         raise ValueError(f"{path}: parquet is not read; pandas.read_parquet(FILE).to_json(OUT, "
                          "orient='records', lines=True) makes a jsonl file of it")
     elif path.endswith(".json"):
-        yield from read_json(path)
+        rows = read_json(path)
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"{path}: expected a list of objects")
+        yield from rows
     elif path.endswith(".jsonl"):
         yield from read_lines(path)
     else:
@@ -347,6 +352,8 @@ def document_ids(row, tokenizer, writer):
     end = list(tokenizer.eos_ids[:1])
     if "text" not in row and writer.bytes == tokenizer.bytes:
         ids = row["input_ids"].astype(np.int32)
+        if len(ids) == 0:
+            return np.array(tokenizer.document("") + end, dtype=np.int32)
         if "mask" in row:
             ids = np.where(row["mask"].astype(bool), ids, ~ids)
         first, last = (int(ids[i]) if ids[i] >= 0 else ~int(ids[i]) for i in (0, -1))
@@ -706,13 +713,16 @@ def main(argv=None, methods=METHODS):
         other = methods.get(variant.partition(":")[0])
         runs[variant] = (other, *read_flags(argv, methods, variant))
     tokenizer = None
+    if args.chat and not args.model:
+        raise ValueError("--chat is the format of a --model's tokenizer")
     if args.data not in STREAMS:
         tokenizer = load_tokenizer(args.model, args.chat) if args.model else byte_tokenizer()
     writer = load_tokenizer(args.data_tokenizer) if args.data_tokenizer else None
     rows, kind = Rows(args.data, writer), methods[args.method]
     data = kind.data(args, config, tokenizer, rows) or own_data(args, tokenizer, rows)
     model = build_model(kind, args, config)
-    check_fits(kind, model, data, args)
+    for each, _, _ in runs.values():
+        check_fits(each, model, data, args)
     print(describe(model, data, args), flush=True)
     with autocast(args):  # scores of the model as it is, which may take as long as the report
         before = kind(model, config, args.seed).before(model, data)
@@ -779,8 +789,10 @@ def describe(model, data, args):
 def check_fits(kind, model, data, args):
     """Refuse tokens that the model lacks, and a technique that would undo its sliding window."""
     if kind.own_attention and 0 < model.config.window < args.seq_len:
-        raise ValueError(f"--method {args.method} replaces attention: --seq_len {args.seq_len} "
+        raise ValueError(f"{kind.__name__} replaces attention: --seq_len {args.seq_len} "
                          f"must fit into the model's sliding window of {model.config.window}")
+    if args.min_length and not isinstance(data, TextData):
+        raise ValueError("--min_length is for documents of plain text")
     if data.vocab_size is not None and data.vocab_size > model.config.vocab_size:
         raise ValueError(f"token {data.vocab_size - 1} of the data is outside the model's "
                          f"vocabulary of {model.config.vocab_size}")
