@@ -16,9 +16,11 @@ released code.
     python train.py --method ceped --model DIR --data SRC --context 2048 --seq_len 4096
     python cepe.py --model out/cepe --context FILE --prompt TEXT
 """
+import itertools
 import math
 import os
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -158,6 +160,32 @@ class WithContext:
         return self.model.hidden(tokens, attend, positions, context=self.context)
 
 
+@torch.no_grad()
+def reading(model: CEPE, chunks, cache_kv=False) -> WithContext:
+    """A CEPE that has read chunks, each a list of token ids."""
+    tokens = torch.tensor([token for chunk in chunks for token in chunk], device=model.head.device)
+    bounds = [0, *itertools.accumulate(map(len, chunks))]
+    return WithContext(model, model.context(tokens, bounds, cache_kv=cache_kv))
+
+
+def footprint(model: CEPE, cache, n_context, cache_kv=False):
+    """(KV footprint, peak) of a decoder's cache beside a context of n_context tokens, as shares of
+    what full attention over all of them holds, in numbers: Fractions.
+
+    A context token is d_enc numbers, with cache_kv a key and a value in every layer that
+    cross-attends, held from the step that reads it to the end. The encoder's own keys and values
+    live for one layer and are not counted."""
+    config, tri = model.config, lambda n: n * (n + 1) // 2
+    entry = 2 * config.n_kv_head * config.head_dim  # of one layer
+    held = len(model.cross_layers()) * entry if cache_kv else model.encoder_config.n_embd
+    size = Fraction(held, config.n_layer * entry)
+    n_main = sum(n for n, _ in cache.log())
+    n = n_context + n_main
+    cells = size * (tri(n_context) + n_context * n_main) + cache.footprint() * tri(n_main)
+    peak = size * n_context + cache.peak() * n_main
+    return cells / tri(n), peak / n
+
+
 def split_chunks(n, size):
     """Bounds of n tokens in chunks of `size`; the last may be shorter."""
     return [*range(0, n, size), n] if n else [0]
@@ -205,6 +233,12 @@ def save_cepe(model: CEPE, path) -> list:
     config = os.path.join(path, "config.json")
     write_json(config, read_json(config) | extra)
     return paths
+
+
+def is_cepe(path) -> bool:
+    """Whether folder `path` holds a CEPE, and not a plain Llama; no folder (None) holds none."""
+    config = path and read_json(os.path.join(path, "config.json"))
+    return isinstance(config, dict) and "encoder_config" in config
 
 
 def load_cepe(path, device="cpu", dtype=torch.float32) -> CEPE:
@@ -341,7 +375,7 @@ class Expand(Method):
     @classmethod
     def load(cls, args, config):
         """A folder that holds a CEPE, or a Llama with a fresh encoder around it."""
-        if args.model and "encoder_config" in read_json(os.path.join(args.model, "config.json")):
+        if is_cepe(args.model):
             return load_cepe(args.model, args.device)
         if args.model:
             llama = load_model(args.model, args.device)
@@ -630,10 +664,10 @@ def main():
     model = load_cepe(config.model, config.device, DTYPES[config.dtype])
     tokenizer = load_tokenizer(config.model)
     with open(config.context, encoding="utf-8") as f:
-        ids = torch.tensor(tokenizer.encode(f.read()), device=config.device)
-    context = model.context(ids, split_chunks(len(ids), config.chunk_size), cache_kv=True)
+        ids = tokenizer.encode(f.read())
+    chunks = [ids[i:i + config.chunk_size] for i in range(0, len(ids), config.chunk_size)]
     prompt = tokenizer.document(config.prompt)
-    new = generate(WithContext(model, context), prompt, config.max_new_tokens,
+    new = generate(reading(model, chunks, cache_kv=True), prompt, config.max_new_tokens,
                    stop_ids=tokenizer.eos_ids)
     print(tokenizer.decode(new, marks=False))
 

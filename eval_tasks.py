@@ -49,12 +49,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import cepe
 import meco
 from evict import RULES, Flags, advice
 from model import (CHAT_CHOICES, DTYPES, Batch, Llama, LlamaConfig, append_line, barrier,
                    beyond_training, byte_tokenizer, causal, collate, cross_entropy, fingerprint,
                    flag, generate, join, load_model, load_tokenizer, parse, rank, read_json, run,
-                   save_model, world_size)
+                   save_model, world_size, write_json)
 
 # --- text metrics --------------------------------------------------------------------------------
 
@@ -699,28 +700,19 @@ SCORERS = {
 
 # --- examples ------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Example:
-    """A prompt and what the scorer compares an answer with.
-
-    The fact stream has no text: there user, prefix and gold are empty."""
-    task: str
-    prompt: list  # token ids
-    answer: object  # the right answer or the reference output
-    max_new_tokens: int
-    user: str = ""  # the prompt's text
-    prefix: str = ""  # of the answer; ends the prompt, but not in a chat
-    gold: dict | None = None  # what the scorer takes
-    n_cut: int = 0  # context tokens that did not fit into the length
-
-
 class Draft(NamedTuple):
-    """A prompt in parts. Only the context may be cut."""
+    """A prompt in parts. Only the context, which the parts make, may be cut."""
     before: str
-    context: str
+    parts: list  # documents or demonstrations in order; running text is one part
     after: str
     prefix: str  # of the answer
-    gold: dict  # what the scorer takes; its "answer" or "reference_output" is the right answer
+    gold: dict | None  # for the scorer; its "answer" or "reference_output" is the right answer
+    separator: str = "\n\n"
+    n_near: int = 10  # of several parts, those that a CEPE's decoder reads itself
+
+    @property
+    def context(self):
+        return self.separator.join(self.parts)
 
     @property
     def user(self):
@@ -729,6 +721,56 @@ class Draft(NamedTuple):
     @property
     def answer(self):
         return self.gold.get("reference_output", self.gold.get("answer"))
+
+    def cut(self, context):
+        """The same with the beginning `context` of its context."""
+        parts, at = [], 0
+        for part in self.parts:
+            end = at + len(part + self.separator)
+            if at < len(context):
+                parts.append(part if end < len(context) else context[at:])
+            at = end
+        return self._replace(parts=parts)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and what the scorer compares an answer with.
+
+    The fact stream has no text: there user, prefix, gold and parts are empty."""
+    task: str
+    prompt: list  # token ids
+    answer: object  # the right answer or the reference output
+    max_new_tokens: int
+    draft: Draft = Draft("", [], "", "", None)
+    chat: bool = False
+    n_cut: int = 0  # context tokens that did not fit into the length
+    chunks: tuple = ()  # token ids that a CEPE's encoder reads, list by list
+
+    @property
+    def user(self):
+        """The prompt's text."""
+        return self.draft.user
+
+    @property
+    def prefix(self):
+        """Of the answer; it ends the prompt, but not in a chat."""
+        return "" if self.chat else self.draft.prefix
+
+    @property
+    def gold(self):
+        """What the scorer takes."""
+        return self.draft.gold
+
+    @property
+    def parts(self):
+        """Documents or demonstrations in order; running text is one part."""
+        return self.draft.parts
+
+    def sha(self):
+        """Of all that its result depends on."""
+        parts = self.prompt, self.chunks, self.gold, self.answer
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 class Task(NamedTuple):
@@ -760,10 +802,30 @@ def to_example(task, draft, tokenizer, chat, max_new_tokens, length=None):
             raise ValueError(f"task {task}: the prompt takes {len(ids) - len(tokens)} tokens "
                              f"without its context, more than {length}")
         context = tokenizer.decode(tokens[:-n_over]).rstrip("\ufffd")
-        draft, n_cut = draft._replace(context=context), n_cut + n_over
+        draft, n_cut = draft.cut(context), n_cut + n_over
         ids = to_ids(tokenizer, draft.user, draft.prefix, chat)
-    prefix = "" if chat else draft.prefix
-    return Example(task, ids, draft.answer, max_new_tokens, draft.user, prefix, draft.gold, n_cut)
+    return Example(task, ids, draft.answer, max_new_tokens, draft, bool(chat), n_cut)
+
+
+def for_encoder(example, tokenizer, chunk_size=256, n_near=2048, share=None):
+    """The Example as a CEPE reads it: the first documents (10) or demonstrations (2) stay in the
+    prompt, each further one is a chunk of the encoder; of running text the last n_near tokens stay.
+
+    chunk_size [tokens]: what is longer takes several chunks. share: how much of the context stays
+    instead, 0..1. Source: CEPE's evaluation, arXiv:2402.16617."""
+    draft, encode = example.draft, tokenizer.encode
+    if len(draft.parts) > 1:
+        n = draft.n_near if share is None else round(share * len(draft.parts))
+        near, far = draft.parts[:n], [encode(part) for part in draft.parts[n:]]
+    else:
+        ids = encode(draft.context)
+        first = max(0, len(ids) - n_near) if share is None else round((1 - share) * len(ids))
+        near, far = [tokenizer.decode(ids[first:]).lstrip("\ufffd")], [ids[:first]]
+    chunks = [ids[i:i + chunk_size] for ids in far for i in range(0, len(ids), chunk_size)]
+    if not chunks:
+        return example
+    prompt = to_ids(tokenizer, draft._replace(parts=near).user, draft.prefix, example.chat)
+    return replace(example, prompt=prompt, chunks=tuple(chunks))
 
 
 LONGEST = 2 ** 21  # tokens of a prompt
@@ -833,6 +895,11 @@ def build(task, n, length, seed, tokenizer=None, chat=False):
 def task_of(name):
     """The Task of a built task, or the Official of NAME, helmet:NAME or longproc:NAME."""
     return TASKS.get(name) or OFFICIAL[name.split(":")[-1]]
+
+
+def needs_judge(name) -> bool:
+    """Whether a large model scores it in HELMET, where here only its ROUGE is computed."""
+    return name.startswith("helmet:") and task_of(name).is_judged
 
 
 def score(task, prediction, example):
@@ -925,7 +992,7 @@ def ask_needle(kind, key, values, lines):
     before = (f"Special magic {kind}s are hidden in the text below. Remember them: you will be "
               "asked about them.\n")
     after = f"\nWhat {are} {the} {what}?"
-    return Draft(before, "\n".join(lines), after, f"The {what} {are}", {"answer": values})
+    return Draft(before, ["\n".join(lines)], after, f"The {what} {are}", {"answer": values})
 
 
 def niah_single(rng, m):
@@ -968,7 +1035,7 @@ def kv_draft(before, context, instruction, demos, key, answer):
     """Find a key's value in a JSON object; demos are other keys and values."""
     shown = "".join(f"Key: {k}\nCorresponding value: {v}\n\n" for k, v in demos)
     after, gold = f"\n\n{instruction}\n\n{shown}Key: {key}", {"question": key, "answer": answer}
-    return Draft(before, context, after, "Corresponding value:", gold)
+    return Draft(before, [context], after, "Corresponding value:", gold)
 
 
 def json_kv(rng, m):
@@ -981,13 +1048,14 @@ def json_kv(rng, m):
 
 
 def passages(documents):
-    """Documents {title, text} as text."""
-    return "\n\n".join("Document (Title: {title}): {text}".format_map(d) for d in documents)
+    """The texts of documents {title, text}."""
+    return ["Document (Title: {title}): {text}".format_map(d) for d in documents]
 
 
 def qa_demo(documents, question, answer):
     """A worked example."""
-    return f"{passages(documents)}\n\nQuestion: {question}\nAnswer: {answer}\n\n"
+    shown = "\n\n".join(passages(documents))
+    return f"{shown}\n\nQuestion: {question}\nAnswer: {answer}\n\n"
 
 
 def qa_draft(instruction, demos, documents, question, answers):
@@ -1038,12 +1106,12 @@ def rag(rng, m):
 
 
 def passages_with_ids(documents):
-    """Documents {id, text, perhaps title} as text."""
+    """The texts of documents {id, text, perhaps title}."""
     shown = []
     for d in documents:
         title = f" (Title: {d['title']})" if "title" in d else ""
         shown.append(f"[ID: {d['id']}] Document{title}: {d['text']}")
-    return "\n\n".join(shown)
+    return shown
 
 
 def best_ranking(documents):
@@ -1053,8 +1121,8 @@ def best_ranking(documents):
 
 
 def rank_demo(documents, query):
-    ranking = best_ranking(documents)
-    return f"{passages_with_ids(documents)}\n\nQuery: {query}\nRanking: {ranking}\n\n"
+    shown, ranking = "\n\n".join(passages_with_ids(documents)), best_ranking(documents)
+    return f"{shown}\n\nQuery: {query}\nRanking: {ranking}\n\n"
 
 
 def rank_draft(instruction, demos, documents, query, k_values, **gold):
@@ -1093,9 +1161,10 @@ def rerank(rng, m):
 
 def icl_draft(instruction, shots, text, answer):
     """Find the label of a text; shots are texts and labels."""
-    shown = "\n\n".join(f"{shot}\nlabel: {label}" for shot, label in shots)
+    shown = [f"{shot}\nlabel: {label}" for shot, label in shots]
     instruction += ' Write only "label: {label}" and nothing else.\n\n'
-    return Draft(instruction, shown, f"\n\n{text}", "label:", {"answer": str(answer)})
+    gold = {"answer": str(answer)}
+    return Draft(instruction, shown, f"\n\n{text}", "label:", gold, n_near=2)
 
 
 def icl(rng, m, n_label=12):
@@ -1130,7 +1199,7 @@ def longqa(rng, m):
         chapters.append(f"Chapter {i // 40 + 1}\n{' '.join(lines[i:i + 40])}")
     question, answer = ask_fact(rng, *people[rng.randrange(6)])
     before = "Read the story and answer the question in as few words as you can.\n\n"
-    return Draft(before, "\n\n".join(chapters), f"\n\nQuestion: {question}", "Answer:",
+    return Draft(before, ["\n\n".join(chapters)], f"\n\nQuestion: {question}", "Answer:",
                  {"answer": [answer]})
 
 
@@ -1142,7 +1211,7 @@ def many_documents(rng, m):
         documents.append(f"Document {i}. {sentence(rng)} Its code is {code}. {sentence(rng)}")
     chosen = sorted(rng.sample(range(m), 3))
     listed = ", ".join(str(i + 1) for i in chosen)
-    return Draft("Remember the code of every document.\n\n", "\n\n".join(documents),
+    return Draft("Remember the code of every document.\n\n", documents,
                  f"\n\nWhat are the codes of documents {listed}?",
                  f"The codes of documents {listed} are", {"answer": [codes[i] for i in chosen]})
 
@@ -1183,7 +1252,7 @@ def path_traversal(rng, m, tier):
              "own, like this:\n<Route>\nFrom Xo, take a bus to Yu.\nFrom Yu, take a train to Za.\n"
              "</Route>")
     gold = "\n".join(f"From {a}, take a {by[a]} to {b}." for a, b in pairwise(route))
-    return Draft("From each city below you can travel to one other city.\n\n", "\n".join(lines),
+    return Draft("From each city below you can travel to one other city.\n\n", ["\n".join(lines)],
                  after, "", {"reference_output": gold})
 
 
@@ -1269,7 +1338,7 @@ def tom_tracking(rng, m, tier):
               f"room. An example:\n\n{tom_question(*shown)}\n{shown_trace}\n\nNow the story to "
               "follow.\n\n")
     after = "\n" + tom_question(*story)
-    return Draft(before, " ".join(others), after, "", {"reference_output": trace})
+    return Draft(before, [" ".join(others)], after, "", {"reference_output": trace})
 
 
 def pair_options(numbers):
@@ -1367,7 +1436,7 @@ def countdown(rng, m, tier):
               "</Solution>.\n\n")
     gold = {"reference_output": trace, "item": {"nums": numbers, "target": target}}
     after = f"\n\nNumbers: {numbers}\nTarget: {target}"
-    return Draft(before, "\n\n".join(solved), after, "", gold)
+    return Draft(before, solved, after, "", gold, n_near=2)
 
 
 class Trip:
@@ -1540,7 +1609,7 @@ def travel_planning(rng, m, tier):
     before = ("Plan trips as in the examples: write the search between <Solving Procedure> and "
               "</Solving Procedure>, then the plan between <Plan> and </Plan>.\n\n")
     gold = {"reference_output": trace, "item": item}
-    return Draft(before, "\n\n".join(solved), f"\n\n{travel_question(item)}", "", gold)
+    return Draft(before, solved, f"\n\n{travel_question(item)}", "", gold, n_near=2)
 
 
 def goods_row(rng, brand):
@@ -1567,7 +1636,7 @@ def html_to_tsv(rng, m, tier):
              f"{' '.join(head)}, in a block that begins with ```tsv and ends with ```.")
     rows = [head] + [row for row in rows if row[1] == brand]
     gold = {"reference_output": "".join("\t".join(row) + "\n" for row in rows)}
-    return Draft("Extract a table from this page.\n\n", context, after, "", gold)
+    return Draft("Extract a table from this page.\n\n", [context], after, "", gold)
 
 
 def remainder(v, x, y, n):
@@ -1622,7 +1691,7 @@ def pseudo_to_code(rng, m, tier):
               "ends with ```.\n\n")
     after = f"\n\nPseudo-code:\n{pseudo}\nC++:"
     gold = {"reference_output": code, "item": {"testcases": tests}}
-    return Draft(before, "\n\n".join(shown), after, "", gold)
+    return Draft(before, shown, after, "", gold, n_near=2)
 
 
 TASKS = {
@@ -1667,6 +1736,7 @@ class Official(NamedTuple):
     max_new_tokens: int
     chat: bool = False  # the benchmark's default
     sizes: tuple = (8192, 16384, 32768, 65536, 131072)  # for lengths 8K, 16K, 32K, 64K, 128K
+    is_judged: bool = False  # HELMET's score is a large model's; here it is ROUGE
 
 
 def read_text(folder, file):
@@ -1787,7 +1857,7 @@ def read_ruler(rows, folder, n, seed, size, kind):
                         "example": f"{example}\n\n" if example else ""}
         before, after, prefix = (part.format_map(fields) for part in RULER[kind])
         gold = row | {"answer": row.get("answer", row.get("outputs"))}
-        yield Draft(before, row["context"], after, prefix, gold)
+        yield Draft(before, [row["context"]], after, prefix, gold)
 
 
 def read_rerank(rows, folder, n, seed, size, demo_file):
@@ -1859,15 +1929,58 @@ def read_infbench(rows, folder, n, seed, size, kind):
         for other in shuffled(others, seed)[:2]:
             shown, golds = infbench_row(other, kind)
             demos += f"[story text]\n{shown}\nAnswer: {golds[0]}\n\n"
-        yield Draft(f"{instruction}{demos}Now, read the following story:\n\n", row["context"],
+        yield Draft(f"{instruction}{demos}Now, read the following story:\n\n", [row["context"]],
                     f"\n\n{question}\n", "Answer:", {"answer": answers})
+
+
+def read_narrativeqa(rows, folder, n, seed, size, demo_file):
+    """Rows of the hub: {document: {text}, question: {text}, answers: [{text}]}."""
+    demos = ""
+    for row in shuffled(read_rows(folder, demo_file), seed)[:2]:
+        demos += f"Question: {row['question']['text']}\nAnswer: {row['answers'][0]['text']}\n\n"
+    before = ("Answer the question about the story, a novel or the script of a film, with a phrase "
+              f"as short as you can.\n\nFor example:\n\n{demos}Now the story to use:\n\n")
+    for row in shuffled(rows, seed)[:n]:
+        question, answers = row["question"]["text"], [a["text"] for a in row["answers"]]
+        yield Draft(before, [row["document"]["text"]], f"\n\nQuestion: {question}", "Answer:",
+                    {"question": question, "answer": answers})
+
+
+def read_books(rows, folder, n, seed, size, option):
+    """InfiniteBench's summaries: rows {id, context, answer}."""
+    for row in shuffled(rows, seed)[:n]:
+        demos, others = "For example:\n\n", [r for r in rows if r["id"] != row["id"]]
+        for other in shuffled(others, seed)[:2]:
+            demos += f"[story text]\nSummary: {other['answer'][0].strip()}\n\n"
+        before = ("Summarize a book in 1000 to 1200 words: its plot and characters, without "
+                  "themes, background or comments.\n\n"
+                  f"{demos}Now, read the following story:\n\n")
+        gold = {"id": row["id"], "question": "", "answer": row["answer"]}
+        yield Draft(before, [row["context"]], "\n\nNow summarize the book.\n", "Summary:", gold)
+
+
+def read_cases(rows, folder, n, seed, size, demo_file):
+    """Multi-LexSum: rows {id, sources, summary/short, summary/long} of its version 20230518."""
+    demos, rows = "", [row for row in rows if row["summary/short"] is not None]
+    told = [row for row in read_rows(folder, demo_file) if row["summary/short"] is not None]
+    for row in shuffled(told, seed)[:2]:
+        demos += f"Summary: {row['summary/short']}\n\n"
+    before = ("Summarize a civil rights lawsuit from its legal documents in one paragraph of 200 "
+              "to 250 words: the background, the parties and the outcome.\n\n"
+              f"Example summaries:\n\n{demos}"
+              "Now, write a summary of the following legal documents.\nLegal documents:\n")
+    for row in shuffled(rows, seed)[:n] if len(rows) > n else rows:
+        gold = {"id": row["id"], "question": "", "answer": row["summary/short"],
+                "summary/long": row["summary/long"]}
+        after = "\n\nNow please summarize the case.\n"
+        yield Draft(before, ["\n\n".join(row["sources"])], after, "Summary:", gold)
 
 
 def numbered_passages(documents):
     shown = []
     for i, d in enumerate(documents, 1):
         shown.append(f"Document [{i}](Title: {d['title']}): {d['text']}")
-    return "\n\n".join(shown)
+    return shown
 
 
 def read_alce(rows, folder, n, seed, k, prompts):
@@ -1877,8 +1990,8 @@ def read_alce(rows, folder, n, seed, k, prompts):
     for row, demos in shuffled(drawn, seed)[:n]:
         before = ""
         for demo in demos:
-            fields = demo | {"instruction": spec["instruction"],
-                             "context": numbered_passages(demo["docs"][:5])}
+            shown = "\n\n".join(numbered_passages(demo["docs"][:5]))
+            fields = demo | {"instruction": spec["instruction"], "context": shown}
             before += spec["demo_prompt"].format_map(fields) + spec["demo_sep"]
         before += f"{spec['instruction']}\n\nQuestion: {row['question']}\n\n"
         yield Draft(before, numbered_passages(row["docs"][:k]), "\n", "Answer:", row)
@@ -1942,7 +2055,7 @@ def read_longproc(rows, folder, n, seed, size, option):
     for row in shuffled(rows, seed)[:n]:
         fields, reference = longproc_row(task, row, folder)
         prompt = template.format_map(fields | {"demonstration": demos})
-        yield Draft(prompt, "", "", "", {"reference_output": reference, "item": row})
+        yield Draft(prompt, [], "", "", {"reference_output": reference, "item": row})
 
 
 def table(text):
@@ -1997,6 +2110,15 @@ for name, label, *shots in ICL:
 for kind, metric in (("qa", "rougeL_f1"), ("choice", "exact_match")):
     OFFICIAL[f"infbench_{kind}_eng"] = Official(
         read_infbench, f"infbench/longbook_{kind}_eng.jsonl", kind, kind, metric, 10, chat=True)
+JUDGED = {  # reader, files, scorer, metric, longest answer [tokens]
+    "narrativeqa": (read_narrativeqa, "narrativeqa/narrativeqa_test.jsonl",
+                    "narrativeqa/narrativeqa_train.jsonl", "qa", "rougeL_f1", 100),
+    "infbench_sum_eng": (read_books, "infbench/longbook_sum_eng.jsonl", None, "qa", "rougeLsum_f1",
+                         1200),
+    "multi_lexsum": (read_cases, "multi_lexsum/multi_lexsum_val.jsonl",
+                     "multi_lexsum/multi_lexsum_train.jsonl", "lexsum_rouge", "rougeLsum_f1", 400)}
+for name, settings in JUDGED.items():
+    OFFICIAL[name] = Official(*settings, chat=True, is_judged=True)
 for kind, metric in (("asqa", "str_em"), ("qampari", "qampari_rec_top5")):
     OFFICIAL[f"alce_{kind}"] = Official(
         read_alce, f"alce/{kind}_eval_gtr_top2000.json", f"prompts/{kind}_revised.json",
@@ -2008,7 +2130,6 @@ for _, make, metric, _, tiers in PROCEDURES:
         OFFICIAL[f"{task}_{key}"] = Official(
             read_longproc, f"{task}/{task}_{part}.json", (task, key), task, metric,
             TIERS[key].max_new_tokens, chat=True)
-NEEDS_JUDGE = ("narrativeqa", "infbench_sum_eng", "multi_lexsum")  # a large model scores them
 
 
 def check_draft(spec, draft):
@@ -2032,11 +2153,8 @@ def load(task, path, n=100, seed=42, tokenizer=None, length=None, chat=None):
     file (8192 by default) and cuts the context's end. chat: None is the benchmark's default where
     the tokenizer has a chat format. Without a tokenizer, prompts are the ids of raw bytes.
 
-    Raises ValueError or FileNotFoundError with the file, and ValueError for a task that only a
-    judge can score."""
+    Raises ValueError or FileNotFoundError with the file."""
     name = task.split(":")[-1]
-    if name in NEEDS_JUDGE:
-        raise ValueError(f"task {task} is not scored here: needs a judge (a large model)")
     if name not in OFFICIAL:
         raise ValueError(f"unknown benchmark task {task!r}: one of {', '.join(OFFICIAL)}")
     spec, tokenizer = OFFICIAL[name], tokenizer or byte_tokenizer()
@@ -2598,6 +2716,9 @@ class Config:
                                 "have their own")
     examples: int = flag(20, "of each task and length", least=1)
     batch: int = flag(1, "prompts that decode together", least=1)
+    chunk_size: int = flag(256, "CEPE: tokens that its encoder reads at once", least=1)
+    n_near: int = flag(2048, "CEPE: last tokens of a running text that its decoder reads itself "
+                             "(10 documents, 2 demonstrations)", least=0)
     seed: int = flag(0, "of the built examples, and of the tiny model", least=0)
     data: str | None = flag(None, "folder with the benchmark's own files")
     chat: str | None = flag(None, "the prompts' format (default: the folder's own, where it has "
@@ -2606,6 +2727,8 @@ class Config:
     prefix_host: str | None = flag(None, "host before every prompt, for models trained with MeCo")
     max_new_tokens: int | None = flag(None, "longest answer (default: the task's)", least=1)
     out: str = flag("out/eval.jsonl", "results, one line an example")
+    helmet_dir: str | None = flag(None, "folder for helmet tasks' results in HELMET's own format, "
+                                        "for its judges")
     resume: bool = flag(False, "keep what --out holds and run the rest")
     overwrite: bool = flag(False, "begin --out anew")
     allow_code_exec: bool = flag(False, "let pseudo_to_code compile and run what the model wrote")
@@ -2613,9 +2736,13 @@ class Config:
     dtype: str = flag("bfloat16", "of weights and cache", choices=tuple(DTYPES))
 
 
-def answer(model, tokenizer, examples, cache, max_new_tokens=None):
+def answer(model, tokenizer, examples, cache, max_new_tokens=None, cache_kv=False):
     """What the model writes after several prompts: texts, for task facts lists of ids. An answer
-    ends at a stop id, its task's limit, or a line's end where the scorer reads no further."""
+    ends at a stop id, its task's limit, or a line's end where the scorer reads no further.
+
+    A CEPE takes one example; cache_kv: it projects its context's keys and values once."""
+    if examples[0].chunks:
+        model = cepe.reading(model, examples[0].chunks, cache_kv)
     spec = task_of(examples[0].task)
     limits = [max_new_tokens or example.max_new_tokens for example in examples]
     one_line = spec.scorer == "icl"
@@ -2629,6 +2756,13 @@ def answer(model, tokenizer, examples, cache, max_new_tokens=None):
     if tokenizer is None:
         return answers
     return [tokenizer.decode(ids, marks=False) for ids in answers]
+
+
+def held(model, cache, b, example, cache_kv=False):
+    """(KV footprint, peak) of one example."""
+    if example.chunks:
+        return cepe.footprint(model, cache, sum(map(len, example.chunks)), cache_kv)
+    return cache.footprint(b), cache.peak(b)
 
 
 def read_results(path) -> dict:
@@ -2678,7 +2812,7 @@ def code_fingerprint(*files) -> str:
     """Of what computes a result: syntax trees without docstrings, so that a comment changes
     nothing."""
     here, digest = os.path.dirname(os.path.abspath(__file__)), hashlib.sha256()
-    names = ("model.py", "attention_triton.py", "evict.py", "eval_tasks.py")
+    names = ("model.py", "attention_triton.py", "evict.py", "cepe.py", "eval_tasks.py")
     for path in [*(os.path.join(here, name) for name in names), *files]:
         with open(path, encoding="utf-8") as f:
             tree = ast.parse(f.read())
@@ -2717,9 +2851,11 @@ def evaluate(config, policy, model, tokenizer, done):
         longest = max(len(example.prompt) for example in examples)
         if rank() == 0:
             print(beyond_training(model.config, longest), end="", file=sys.stderr)
-        hashes = [hashlib.sha256(repr((e.prompt, e.gold, e.answer)).encode()) for e in examples]
-        own = [json.dumps({"task": name, "length": length, "i": i, "sha": sha.hexdigest()[:16],
-                           **about}) for i, sha in enumerate(hashes)]
+            if cepe.is_cepe(config.model) and not any(example.chunks for example in examples):
+                print(f"{name}, {length} tokens: all fits into the decoder, nothing is left for "
+                      "the encoder", file=sys.stderr)
+        own = [json.dumps({"task": name, "length": length, "i": i, "sha": example.sha(), **about})
+               for i, example in enumerate(examples)]
         keys += own
         todo = [i for i, key in enumerate(own) if key not in done][rank()::world_size()]
         todo.sort(key=lambda i: len(examples[i].prompt))
@@ -2731,12 +2867,12 @@ def evaluate(config, policy, model, tokenizer, done):
             seconds = (time.perf_counter() - start) / len(batch)
             for b, (i, example, text) in enumerate(zip(batch, chosen, texts)):
                 metrics = score(name, text, example)
+                footprint, peak = held(model, cache, b, example)
                 done[own[i]] = {
                     "key": own[i], "task": name, "length": length, "policy": policy.policy, "i": i,
                     "prompt_tokens": len(example.prompt), "cut_tokens": example.n_cut,
                     "prediction": text, "score": metrics["score"], "metrics": metrics,
-                    "footprint": float(cache.footprint(b)), "peak": float(cache.peak(b)),
-                    "seconds": seconds}
+                    "footprint": float(footprint), "peak": float(peak), "seconds": seconds}
                 append_line(config.out, done[own[i]])
     return keys
 
@@ -2768,6 +2904,8 @@ def examples_of(config, name, length, tokenizer) -> list:
                         chat=False if before else chat)
     else:
         examples = build(name, config.examples, length, config.seed, tokenizer, bool(chat))
+    if cepe.is_cepe(config.model):
+        examples = [for_encoder(e, tokenizer, config.chunk_size, config.n_near) for e in examples]
     if not before:
         return examples
     return [replace(e, prompt=[*before, *e.prompt[bos:]]) for e in examples]
@@ -2817,7 +2955,8 @@ def report(rows) -> list:
         half = confidence([row["score"] for row in group])
         means = {name: sum(row[name] for row in group) / len(group)
                  for name in ("score", "footprint", "peak", "seconds")}
-        print(f"| {task} | {length or '-'} | {policy} | {means['score']:.3f} | {half:.3f} | "
+        shown = f"{task} (ROUGE; needs a judge)" if needs_judge(task) else task
+        print(f"| {shown} | {length or '-'} | {policy} | {means['score']:.3f} | {half:.3f} | "
               f"{len(group)} | {means['footprint']:.3f} | {means['peak']:.3f} | "
               f"{means['seconds']:.2f} |")
         records.append({"task": task, "length": length, "score": round(means["score"], 4),
@@ -2836,6 +2975,31 @@ def report(rows) -> list:
         if said:
             print(f"{length} tokens: {said}", file=sys.stderr)
     return records
+
+
+def write_helmet(config, name, length, examples, rows):
+    """A task's results as HELMET's eval.py writes them, so that its own scripts, the judges among
+    them, read the file. Returns the path."""
+    data, metrics = [], defaultdict(list)
+    for example, row in zip(examples, rows):
+        own = row["metrics"] | {"input_len": row["prompt_tokens"]}
+        gold = {key: value for key, value in example.gold.items() if key != "context"}
+        output = example.prefix + row["prediction"]
+        parsed = parse_output(output, "Answer:")
+        data.append(gold | own | {"output": output, "parsed_output": parsed})
+        for key, value in own.items():
+            metrics[key].append(value)
+    scale = {key: 1 if "_len" in key else 100 for key in metrics}
+    averages = {key: scale[key] * sum(x) / len(x) for key, x in metrics.items()}
+    task, chat = name.removeprefix("helmet:"), examples[0].chat
+    about = {"model_name_or_path": config.model, "datasets": task, "input_max_length": length,
+             "use_chat_template": chat, "tag": "v1", "seed": 42}
+    path = os.path.join(config.helmet_dir,
+                        f"{task}_{length}_v1_in{length}_size{len(rows)}_chat{chat}_42.json")
+    os.makedirs(config.helmet_dir, exist_ok=True)
+    write_json(path, {"args": about, "data": data, "metrics": metrics,
+                      "averaged_metrics": averages})
+    return path
 
 
 def tiny_table(config):
@@ -2859,8 +3023,6 @@ def check_tasks(config, policy):
     """Refuse tasks that are unknown, or that nothing here can score."""
     for name, _ in jobs(config):
         bare = name.split(":")[-1]
-        if bare in NEEDS_JUDGE:
-            raise ValueError(f"task {name} is not scored here: it needs a judge (a large model)")
         if name.startswith("olmes:") and config.data is not None and not chosen_chat(config):
             continue
         official = name.startswith(("helmet:", "longproc:"))
@@ -2876,6 +3038,11 @@ def check_tasks(config, policy):
         runs_code = name not in search_kinds and task_of(name).scorer == "pseudo_to_code"
         if runs_code and not config.allow_code_exec:
             raise ValueError(f"{name} compiles and runs what the model wrote: --allow_code_exec")
+    if cepe.is_cepe(config.model):
+        if config.batch > 1:
+            raise ValueError("--batch: a CEPE reads the context of one prompt at a time")
+        if any(name.startswith(("olmes:", "litsearch:")) for name, _ in jobs(config)):
+            raise ValueError("olmes and litsearch tasks have no context for a CEPE's encoder")
     if config.prefix_host and chosen_chat(config):
         raise ValueError("--prefix_host is for prompts of plain text, not with --chat")
 
@@ -2896,7 +3063,8 @@ def main():
         return tiny_table(config)
     check_tasks(config, policy)
     join(config.device)
-    model = load_model(config.model, config.device, DTYPES[config.dtype])
+    load_folder = cepe.load_cepe if cepe.is_cepe(config.model) else load_model
+    model = load_folder(config.model, config.device, DTYPES[config.dtype])
     tokenizer = tokenizer_for(config.tasks.split(","), model, config.model, config.chat)
     policy.cache(model)  # refuse what does not fit before anything runs
     if config.overwrite and os.path.exists(config.out):  # and before anything is removed
@@ -2917,6 +3085,10 @@ def main():
         reused = len(before.intersection(keys))
         records = report([done[key] for key in keys])
         print(f"\n{reused} of {len(keys)} results reused; all are in {config.out}")
+        for (name, length), group in by([done[key] for key in keys], "task", "length"):
+            if config.helmet_dir and name.startswith("helmet:"):
+                examples = examples_of(config, name, length, tokenizer)
+                print(f"saved {write_helmet(config, name, length, examples, group)}")
         print(json.dumps({"model": config.model, "policy": policy.policy, "results": records}))
 
 

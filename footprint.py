@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 import prulong
 import train
-from eval_tasks import (answer, build, by, code_fingerprint, open_results, score, tiny_model,
-                        tokenizer_for)
+from cepe import is_cepe, load_cepe
+from eval_tasks import (answer, build, by, code_fingerprint, for_encoder, held, open_results,
+                        score, tiny_model, tokenizer_for)
 from evict import RULES, load_scorer, make_cache
 from model import (DTYPES, append_line, fingerprint, flag, join, load_heads, load_model,
                    load_pattern, parse, run, write_svg)
@@ -139,7 +140,8 @@ class Config:
     lengths: str = flag("512", "of the prompts, comma-separated [tokens]")
     examples: int = flag(40, "of each task and length", least=1)
     curves: str | None = flag(None, "policies, POLICY+patch lets the prompt's end judge chunks "
-                                    "(default: all, snapkv+patch, pyramidkv+patch)")
+                                    "(default: all, snapkv+patch, pyramidkv+patch; of a CEPE: "
+                                    "cepe, and cepe+kv with projected keys and values)")
     shares: str = flag("0.05,0.1,0.2,0.3,0.5,0.7,0.9", "of the prompt (or of a chunk) to keep")
     chunk: int = flag(64, "prefill chunk [tokens]", least=1)
     obs_window: int = flag(8, "last queries that judge a chunk; a patch (paper: 64)", least=1)
@@ -181,14 +183,23 @@ def masks(config) -> list:
 
 
 PATCHED = ("snapkv+patch", "pyramidkv+patch")
+# a CEPE's encoder reads all but a share of the context; whether keys and values are projected once
+PARALLEL = {"cepe": False, "cepe+kv": True}
 
 
 def points(config, model, length):
     """(curve, settings for make_cache) of every point of the sweep; what cannot run is said."""
     yield "full", dict(policy="full")
     shares = [float(x) for x in config.shares.split(",")]
-    curves = config.curves or ",".join([*RULES, *PATCHED])
+    is_parallel = is_cepe(config.model)
+    curves = config.curves or ",".join(PARALLEL if is_parallel else [*RULES, *PATCHED])
     for curve in dict.fromkeys(curves.split(",")):
+        if curve in PARALLEL:
+            if not is_parallel:
+                raise ValueError(f"curve {curve} needs --model with a CEPE")
+            for near in shares:
+                yield curve, dict(policy="full", near=near, cache_kv=PARALLEL[curve])
+            continue
         policy, _, patch = curve.partition("+")
         rule, settings = RULES[policy], dict(policy=policy)
         if "obs_window" in rule.takes:
@@ -221,12 +232,15 @@ def points(config, model, length):
 
 def run_point(model, tokenizer, examples, settings, config) -> dict:
     """Mean score, footprint and peak of one policy over examples."""
-    start, rows = time.perf_counter(), []
+    start, rows, settings = time.perf_counter(), [], dict(settings)
+    near, cache_kv = settings.pop("near", None), settings.pop("cache_kv", False)
     for example in examples:
+        if near is not None:
+            example = for_encoder(example, tokenizer, share=near)
         cache = make_cache(model, chunk=config.chunk, seed=config.seed, **settings)
-        text, = answer(model, tokenizer, [example], cache)
+        text, = answer(model, tokenizer, [example], cache, cache_kv=cache_kv)
         value = score(example.task, text, example)["score"]
-        rows.append((value, float(cache.footprint()), float(cache.peak())))
+        rows.append((value, *map(float, held(model, cache, 0, example, cache_kv))))
     means = [sum(column) / len(rows) for column in zip(*rows)]
     names = "score", "footprint", "peak"
     return dict(zip(names, means)) | {"seconds": round(time.perf_counter() - start, 3)}
@@ -302,7 +316,8 @@ def main():
         folder = os.path.join("out", f"tiny-seed{config.seed}")
         model = tiny_model(config.seed, folder).to(config.device, DTYPES[config.dtype])
     else:
-        model = load_model(folder, config.device, DTYPES[config.dtype])
+        load_folder = load_cepe if is_cepe(folder) else load_model
+        model = load_folder(folder, config.device, DTYPES[config.dtype])
         tokenizer = tokenizer_for(tasks, model, folder)
     rules = sorted({inspect.getsourcefile(rule) for rule in RULES.values()})
     about = {"weights": fingerprint(folder), "code": code_fingerprint(*rules),
