@@ -24,6 +24,7 @@ import runpy
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,7 @@ import time
 import types
 import warnings
 import xml.etree.ElementTree
+import zlib
 from fractions import Fraction
 from unittest import mock
 
@@ -46,9 +48,11 @@ import cepe
 import eval_tasks
 import evict
 import footprint
+import hamiltonian
 import meco
 import model as model_file
 import prulong
+import ptp
 import train
 import vlorp
 from attention_triton import attention, decode, key_blocks, query_blocks
@@ -3576,6 +3580,12 @@ RUNS = {  # method: (flags, rows of its table, files that it saves)
               ["best possible", "ceped", *CEPE_ROWS], WEIGHTS),
     "meco": ("--cooldown 0.5 --eval_seqs 4", ["before", "meco"], WEIGHTS),
     "vlorp": ("--eval_seqs 1", ["before", "vlorp"], WEIGHTS),
+    "ptp": (f"--data {HERE}/README.md --seq_len 32 --batch 2 --eval_seqs 2", ["untrained", "ptp"],
+            WEIGHTS),
+    "screenshot": ("--batch 4 --eval_seqs 4", ["before, no context", "screenshot",
+                                               "screenshot:shown=none"], WEIGHTS),
+    "hamiltonian": ("--batch 2 --eval_seqs 4", ["mean of the training set", "hamiltonian",
+                                                "hamiltonian:stages=1"], WEIGHTS),
     "locret": ("--hidden 16 --n_answer 16", ["locret"], ["scorer.safetensors"])}
 
 
@@ -3628,7 +3638,7 @@ def test_methods_train_and_resume_in_the_same_bits(name, workshop, monkeypatch, 
     table = trained(capsys, line)
     assert list(table) == rows
     assert all(math.isfinite(x) for row in table.values() for x in row.values())
-    saved, = logged(f"out/{name}/log.jsonl", "saved")
+    saved = logged(f"out/{name}/log.jsonl", "saved")[0]
     assert saved["paths"] == files
     save = train.save_checkpoint
 
@@ -3678,7 +3688,7 @@ def test_flags_are_read_as_the_user_means_them():
 
 @pytest.mark.parametrize("line", [
     "cepe --decoder_steps 1", "ceped --decoder_steps 1 --mlm 0.5", "meco", "meco --mode mix",
-    "vlorp", "locret"])
+    "vlorp", "locret", "ptp", "screenshot", "hamiltonian"])
 def test_batches_are_functions_of_seed_and_number(line, workshop):
     """Whatever was asked before; another number or seed gives another batch."""
     method, _, data = made(line)
@@ -3690,8 +3700,7 @@ def test_batches_are_functions_of_seed_and_number(line, workshop):
     others = method.batch(data, 7, 7, 10), method.batch(other, 3, 3, 10)
     assert same(tensors(method.batch(data, 3, 3, 10)), want)
     assert same(tensors(again.batch(fresh, 3, 3, 10)), want)
-    for batch in others:
-        assert not torch.equal(batch.targets, want[1])
+    assert not any(same(tensors(batch), want) for batch in others)
 
 
 def test_a_part_without_targets_moves_nothing():
@@ -3718,7 +3727,7 @@ def test_a_part_without_targets_moves_nothing():
 @pytest.mark.parametrize("line", [
     "lm --from_scratch", "prulong --window 16 --train masks+weights",
     "duo --window 16 --needles 3 --reg 0", "meco", "cepe --decoder_steps 20 --init copy",
-    "ceped --decoder_steps 20 --init copy"])
+    "ceped --decoder_steps 20 --init copy", "ptp", "screenshot"])
 def test_bfloat16_products_stay_close(line, workshop):
     """Autocast changes a step's loss by less than 1e-3 of it (DuoAttention's, a distance near 0:
     2 %) and the gradient by less than 3 % of its norm."""
@@ -4565,6 +4574,633 @@ def test_site_tables_teach_what_they_should(workshop, capsys):
     assert row["obeys, with URL"] > 0.7 > 0.4 > row["obeys, without"]
 
 
+# --- PTP -----------------------------------------------------------------------------------------
+
+def shape_of(pixels):
+    return "\n".join("".join(".#"[x] for x in row) for row in pixels.tolist())
+
+
+def small_reader(kind=ptp.ScreenshotLM, columns=2, lines=1, **changes):
+    """A ScreenshotLM or PTP in float64 whose patches are 12 x 8 pixels a line."""
+    screen = ptp.Screen(columns, lines)
+    config = small(**changes).config
+    more = (2, 1) if kind is ptp.PTP else ()
+    return kind(config, screen, *more).double().init_weights(0)
+
+
+def test_glyphs_are_what_they_should_be():
+    font = ptp.own_font()
+    assert list(font.cells) == [chr(i) for i in range(32, 127)]
+    assert len({cell.tobytes() for cell in font.cells.values()}) == 95
+    assert shape_of(font.cell("R")) == (
+        "####..\n#...#.\n#...#.\n####..\n#.#...\n#..#..\n#...#.\n......")
+    assert shape_of(font.cell("é")) == (
+        "#####.\n#...#.\n#...#.\n#...#.\n#...#.\n#...#.\n#####.\n......")
+    assert ptp.without_glyph("a é\n\té", font) == {"é": 2}
+
+
+@pytest.mark.parametrize("columns,lines", [(1, 1), (2, 1), (4, 4), (3, 2)])
+def test_a_text_is_cut_into_patches(columns, lines):
+    """Character k stands in patch k // (lines columns), piece after piece; the rest is paper."""
+    text = "It was: a\nbig one"
+    patches, height, width = ptp.render(text, columns=columns, lines=lines)
+    font, text = ptp.own_font(), text.replace("\n", "//")
+    assert (height, width) == (8 * lines, 6 * columns)
+    each = columns * lines
+    assert len(patches) == math.ceil(len(text) / each)
+    for k, character in enumerate(text.ljust(len(patches) * each)):
+        row, column = divmod(k % each, columns)
+        cell = patches[k // each].view(height, width)[8 * row:, 6 * column:][:8, :6]
+        assert torch.equal(cell, torch.from_numpy(font.cell(character)).float())
+    assert len(ptp.render("")[0]) == 0
+    picture = ptp.Screen(columns, lines).picture(text)
+    assert torch.equal(picture[:-1], patches) and picture[-1].all()
+    pixels = ptp.image(patches, (height, width), per_row=3)
+    tiles = pixels.view(-1, height + 1, 3, width + 1)[:, :-1, :, :-1].transpose(1, 2)
+    assert torch.equal(tiles.reshape(-1, height * width)[:len(patches)], patches)
+
+
+def test_layouts():
+    """words: equal words give equal patches, wherever they stand; proportional: the line is as long
+    as the characters' own widths."""
+    words = ptp.Screen(2, 1, "words")
+    one, both = words.draw(" cat"), words.draw("a big cat cat")
+    assert len(both) == 1 + 2 + 2 + 2
+    assert (both[-2:] == one).all() and (both[-4:-2] == one).all()
+    assert (words.draw("") == np.zeros((0, 96))).all()
+    text, font = "ill, WIDE", ptp.own_font()
+    width = sum(ptp.trimmed(font.cell(c)).shape[1] for c in text)
+    assert ptp.trimmed(font.cell("l")).shape[1] == 4 and ptp.trimmed(font.cell(" ")).shape[1] == 3
+    assert len(ptp.Screen(2, 1, "proportional").draw(text)) == math.ceil(width / 12)
+
+
+def psf(version, cells, names):
+    """The bytes of a PC screen font."""
+    n, height, width = cells.shape
+    rows = np.packbits(cells, axis=2).tobytes()
+    if version == 1:
+        table = b"".join(name.encode("utf-16-le") + b"\xff\xff" for name in names)
+        return bytes([0x36, 0x04, 2, height]) + rows + table
+    head = struct.pack("<7I", 0, 32, 1, n, len(rows) // n, height, width)
+    return b"\x72\xb5\x4a\x86" + head + rows + b"".join(x.encode() + b"\xff" for x in names)
+
+
+@pytest.mark.parametrize("version,width", [(1, 8), (2, 8), (2, 12)])
+def test_screen_fonts_are_read(version, width, tmp_path):
+    cells = np.random.default_rng(0).integers(0, 2, (256, 5, width), np.uint8)
+    names = [chr(0x3b1 + i) for i in range(256)]
+    names[3] = "Aé"  # one picture for two characters
+    data = psf(version, cells, names)
+    for i, written in enumerate((data, gzip.compress(data))):
+        (tmp_path / str(i)).write_bytes(written)
+        font = ptp.read_psf(tmp_path / str(i))
+        assert font[:2] == (5, width) and len(font.cells) == 257
+        assert all((font.cells[c] == cells[i]).all() for i, name in enumerate(names) for c in name)
+
+
+@pytest.mark.parametrize("data", [
+    b"", b"no font", b"\x36\x04\x00\x10short", b"\x1f\x8bno gzip", b"\x72\xb5\x4a\x86short",
+    psf(2, np.ones((3, 5, 8), int), "abc")[:-9]])
+def test_what_is_no_screen_font_is_refused(data, tmp_path):
+    (tmp_path / "font").write_bytes(data)
+    with pytest.raises(ValueError, match="not a PSF font"):
+        ptp.read_psf(tmp_path / "font")
+
+
+def test_a_png_holds_its_pixels(tmp_path):
+    pixels = torch.rand(5, 7)
+    ptp.write_png(tmp_path / "x.png", pixels, scale=2)
+    data = (tmp_path / "x.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:24] == b"IHDR" + struct.pack(">2I", 14, 10)
+    start = data.index(b"IDAT") + 4
+    rows = np.frombuffer(zlib.decompress(data[start:]), np.uint8).reshape(10, 15)
+    assert not rows[:, 0].any()
+    assert (rows[::2, 1::2] == (255 * (1 - pixels)).byte().numpy()).all()
+    assert (rows[1::2, 2::2] == rows[::2, 1::2]).all()
+
+
+def test_patch_loss():
+    """Of standardised patches; brightness and contrast do not matter; paper is finite."""
+    x = torch.rand(6, 40, dtype=torch.float64)
+    z = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-6).sqrt()
+    close(ptp.standardised(x), z, 1e-12)
+    close(ptp.standardised(3 * x + 2), z, 1e-4)
+    assert ptp.patch_loss(z, x) < 1e-12
+    drawn = torch.randn(6, 40)
+    close(ptp.patch_loss(drawn, x), (drawn - z).square().mean(), 1e-6)
+    paper = torch.ones(2, 40)
+    assert ptp.patch_loss(torch.zeros(2, 40), paper) == 0
+    assert ptp.patch_loss(drawn[:0], x[:0]) == 0
+
+
+def test_span_mask_leaves_out_what_it_should():
+    """Exactly so many; runs of 1 to 6 where there is room."""
+    rng = np.random.default_rng(0)
+    for n, share in ((1, 0.0), (1, 1.0), (7, 0.5), (40, 0.9), (60, 1.0), (3, 0.1)):
+        assert ptp.span_mask(n, share, rng).sum() == round(share * n)
+    lengths = collections.Counter()
+    for _ in range(50):
+        out = ptp.span_mask(511, 0.1, rng)
+        assert out.sum() == 51
+        runs = [len(list(run)) for is_out, run in itertools.groupby(out) if is_out]
+        lengths.update(runs)
+    assert max(lengths) <= 6
+    spread = [lengths[i] / lengths.total() for i in range(1, 7)]  # the last span is cut short
+    assert np.abs(np.array(spread) - (0.2, 0.2, 0.2, 0.2, 0.1, 0.1)).max() < 0.05
+
+
+def test_masked_text():
+    """A quarter of the tokens, neighbours merged; the labels are not touched."""
+    tokenizer, rng = byte_tokenizer(), np.random.default_rng(0)
+    ids = tokenizer.encode("abcdefghij" * 1000)
+    text = ptp.mask_text(ids, tokenizer, 0.25, rng)
+    assert "<mask> <mask>" not in text
+    left = len(text.replace(" <mask>", ""))
+    assert abs(left / len(ids) - 0.75) < 0.02
+    assert ptp.mask_text(ids, tokenizer, 0, rng) == "abcdefghij" * 1000
+    assert ptp.mask_text(ids, tokenizer, 1.1, rng) == " <mask>"
+
+
+# Angles are float32, as a Llama's: what is packed and what stands alone differ by 1e-7.
+
+def slow_attend(causal_):
+    """Dense attention over the one sequence there is, a head at a time."""
+    def attend(layer, q, k, v):
+        out = torch.empty_like(q)
+        for h in range(q.shape[1]):
+            g = h // (q.shape[1] // k.shape[1])
+            scores = q[:, h] @ k[:, g].T / q.shape[2] ** 0.5
+            if causal_:
+                scores = scores.masked_fill(~torch.ones_like(scores).tril().bool(), -torch.inf)
+            out[:, h] = scores.softmax(-1) @ v[:, g]
+        return out
+    return attend
+
+
+def slow_page(model, picture, given, text, first=0):
+    """A sequence by itself: [first, patches, given, text] as vectors."""
+    embed = model.model.embed_tokens
+    x = [embed(torch.tensor([first])), model.read(picture), embed(torch.tensor([*given, *text]))]
+    return model.hidden(torch.cat(x), slow_attend(True))
+
+
+def some_pages(model, seed=0, n=4):
+    rng, triples = np.random.default_rng(seed), []
+    for i in range(n):
+        picture = torch.rand(int(rng.integers(1, 6)), model.screen.size, dtype=torch.float64)
+        text = rng.integers(61, size=rng.integers(1, 7)).tolist()
+        triples.append((picture, [3, 5][:i % 3], text))
+    return triples
+
+
+def test_pages_are_read_like_their_sequences_one_by_one():
+    """States, targets, and who predicts what: the last token before the text its first one, and the
+    token before a patch the patch."""
+    model = small_reader()
+    triples = some_pages(model)
+    batch = ptp.page(triples, 0)
+    states = ptp.states_of(model, batch)
+    ends = batch.cu_seqlens.tolist()
+    drawn, losses = [], []
+    for (picture, given, text), a, b in zip(triples, ends, ends[1:]):
+        want = slow_page(model, picture, given, text)
+        close(states[a:b], want, 1e-6)
+        before = 1 + len(picture) + len(given)
+        logits = F.linear(want, model.head).log_softmax(-1)
+        losses += [-logits[before - 1 + i, t] for i, t in enumerate(text)]
+        drawn += [model.draw(want[i]) for i in range(len(picture))]
+    close(cross_entropy(states, model.head, batch.targets), torch.stack(losses).mean(), 1e-6)
+    close(model.draw(states[batch.at - 1]), torch.stack(drawn), 1e-6)
+    assert (batch.targets != -100).sum() == sum(len(text) for _, _, text in triples)
+
+
+def test_no_state_knows_what_comes():
+    model = small_reader()
+    (picture, _, text), = some_pages(model, n=1, seed=3)
+    batch = ptp.page([(picture, [], text)], 0)
+    states = ptp.states_of(model, batch)
+    for i in range(len(picture)):
+        changed = picture.clone()
+        changed[i] += 1
+        other = ptp.states_of(model, ptp.page([(changed, [], text)], 0))
+        assert torch.equal(other[:i + 1], states[:i + 1])
+        assert ((other - states)[i + 1:].abs().amax(1) > 0).all()
+    other = ptp.states_of(model, ptp.page([(picture, [], [t + 1 for t in text])], 0))
+    assert torch.equal(other[:len(picture) + 1], states[:len(picture) + 1])
+
+
+def test_a_page_without_pictures_is_a_llamas():
+    model = small_reader()
+    batch = ptp.page([(None, [1, 2, 3], [4, 5]), (None, [], [6])], 7)
+    assert batch.tokens.tolist() == [7, 1, 2, 3, 4, 5, 7, 6]
+    assert batch.targets.tolist() == [-100] * 3 + [4, 5, -100, 6, -100]
+    logits = F.linear(ptp.states_of(model, batch), model.head)
+    close(logits[:6], slow_llama(model, batch.tokens[:6]), 1e-6)
+
+
+def test_generation_behind_a_picture():
+    """With the cache and chunks as without."""
+    model = small_reader()
+    picture = torch.rand(9, model.screen.size, dtype=torch.float64)
+    prompt, behind = [3, 9, 4], ptp.BehindPicture(model, picture)
+    text = []
+    for _ in range(6):
+        state = slow_page(model, picture, prompt, text)[-1]
+        text.append(int((model.head @ state).argmax()))
+    tokens = torch.tensor([0] * 10 + prompt)
+    for chunk in (None, 1, 4):
+        assert generate(behind, tokens, 6, chunk=chunk) == text
+
+
+def slow_ptp(model, patches, left_out, tokens):
+    """(the text's states, drawn patches) of one picture, by dense attention over what is there."""
+    enc, painter = model.encoder, model.painter
+    positions = torch.tensor([0, *(i + 1 for i in range(len(patches)) if not left_out[i])])
+    x = torch.cat((enc.embed_tokens.weight, model.read(patches[~left_out])))
+    states = enc(x, slow_attend(False), positions)
+    n = len(states)
+    x = torch.cat((states, model.model.embed_tokens(tokens)))
+    told = Llama.hidden(model, x, slow_attend(True))[n:]
+    x = painter.embed_tokens.weight.repeat(len(patches) + 1, 1)
+    for state, i in zip(states, positions):
+        x[i] = state
+    x = painter(x, slow_attend(False), torch.arange(len(x)))
+    return told, model.draw(x[1:])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ptp_equals_its_pictures_one_by_one(seed):
+    """Pictures of any lengths in one pack, and any patches left out: all, none."""
+    model, rng = small_reader(ptp.PTP), np.random.default_rng(seed)
+    pictures, outs, texts = [], [], []
+    for n, share in ((5, 0.4), (1, 0.0), (8, 1.0), (7, 0.2)):
+        pictures.append(torch.rand(n, model.screen.size, dtype=torch.float64))
+        outs.append(torch.from_numpy(rng.random(n) < share))
+        texts.append(torch.from_numpy(rng.integers(61, size=rng.integers(1, 9))))
+    cu = np.cumsum([0, *map(len, pictures)])
+    cu_text = np.cumsum([0, *map(len, texts)]).tolist()
+    states, places = model.encode(torch.cat(pictures), torch.cat(outs), cu)
+    told = model.tell(states, places, torch.cat(texts), cu_text)
+    drawn = model.paint(states, places)
+    for b, (picture, out, text) in enumerate(zip(pictures, outs, texts)):
+        want_told, want_drawn = slow_ptp(model, picture, out, text)
+        close(told[cu_text[b]:cu_text[b + 1]], want_told, 1e-6)
+        close(drawn[cu[b]:cu[b + 1]], want_drawn, 1e-6)
+
+
+def test_what_is_left_out_is_not_seen():
+    """The batch's text has every label, its picture <mask>; pixels of a patch left out change
+    nothing but what is to be painted."""
+    model = small_reader(ptp.PTP, vocab_size=258).float()
+    method, tokenizer = ptp.Pretraining(model, ptp.Pretraining.Config()), byte_tokenizer()
+    texts = [tokenizer.encode("a house, a garden, a boat"), tokenizer.encode("what is it?")]
+    batch = method.masked(texts, tokenizer, np.random.default_rng(0))
+    assert batch.targets[:len(texts[0])].tolist() == texts[0]
+    n_out = [int(out.sum()) for out in batch.left_out.split(np.diff(batch.cu).tolist())]
+    assert n_out == [round((n - 1) * 0.1) for n in np.diff(batch.cu)]
+    assert not batch.left_out[batch.cu[1:] - 1].any() and batch.patches[batch.cu[1:] - 1].all()
+    text, drawn = method.losses(model, batch)
+    other = batch.patches.where(~batch.left_out[:, None], torch.rand(()))
+    text_too, drawn_too = method.losses(model, batch._replace(patches=other))
+    assert text == text_too and drawn != drawn_too
+
+
+def test_a_reader_overfits():
+    """Eight stories whose ends can only be told by those who read their beginnings."""
+    data = ptp.Stories(8, seed=1)
+    model = ptp.ScreenshotLM(LlamaConfig(data.vocab_size, 2, 4, 4, 64, 128, head_dim=16,
+                                         tie_embeddings=True), ptp.Screen(2, 1, "words"))
+    method = ptp.Screenshot(model.init_weights(0), ptp.Screenshot.Config(reading=0))
+    batch = method.batch(data, 0, 0, 1)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(150):
+        loss, parts = method.loss(model, batch, 0, 1)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert parts["text"] < 0.1
+
+
+@pytest.mark.parametrize("kind", [ptp.ScreenshotLM, ptp.PTP])
+def test_readers_are_saved_with_how_they_see(kind, tmp_path):
+    """Weights, shapes, layout and font; a Llama's folder is refused."""
+    cells = np.random.default_rng(0).integers(0, 2, (256, 8, 6), np.uint8)
+    (tmp_path / "own.psf").write_bytes(psf(2, cells, [chr(200 + i) for i in range(256)]))
+    screen = ptp.Screen(3, 2, "proportional", ptp.read_psf(tmp_path / "own.psf"))
+    more = (3, 2) if kind is ptp.PTP else ()
+    model = kind(small().config, screen, *more).init_weights(0)
+    ptp.save_reader(model, tmp_path / "reader", tmp_path / "own.psf")
+    again = ptp.load_reader(tmp_path / "reader")
+    assert type(again) is kind and same(again.state_dict().values(), model.state_dict().values())
+    assert again.screen[:3] == screen[:3]
+    assert torch.equal(again.screen.picture("Ĝó"), screen.picture("Ĝó"))
+    save_model(small(), tmp_path / "llama")
+    with pytest.raises(ValueError, match="neither a PTP nor a ScreenshotLM"):
+        ptp.load_reader(tmp_path / "llama")
+    about = json.loads((tmp_path / "reader/config.json").read_text())
+    about["ptp" if more else "screenshot"].pop("columns")
+    (tmp_path / "reader/config.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="unsupported"):
+        ptp.load_reader(tmp_path / "reader")
+
+
+def test_glue_files_are_read(tmp_path):
+    """As GLUE ships them: columns by name, quotation marks as they are."""
+    rows = ["index\t#1 String\t#2 String\tQuality"]
+    rows += [f'{i}\tHe said "yes" {i}\tNo.\t{i % 2}' for i in range(6)]
+    path = tmp_path / "dev.tsv"
+    path.write_text("\n".join(rows) + "\n")
+    texts, labels, names = ptp.read_glue(path)
+    assert texts[1] == 'He said "yes" 1\nNo.' and labels == [0, 1] * 3 and names == ["0", "1"]
+    for bad in (["a\tb", *rows[1:]], rows[:3], [*rows, "7\tcut"], rows[:1] + rows[1:7:2]):
+        path.write_text("\n".join(bad))
+        with pytest.raises(ValueError, match="dev.tsv"):
+            ptp.read_glue(path)
+
+
+def test_bag_of_words_and_cross_validation():
+    """Naive Bayes by its definition; every text is classified once, by the others."""
+    texts = ["good good bad", "good", "bad bad", "bad awful"]
+    classify = ptp.bag_of_words(texts, [1, 1, 0, 0])
+    p1 = math.log(1 / 2 * (3 + 1) / (4 + 3) * (0 + 1) / (4 + 3))
+    p0 = math.log(1 / 2 * (0 + 1) / (4 + 3) * (1 + 1) / (4 + 3))
+    assert p1 > p0 and classify(["good awful"]) == [1]
+    assert classify(["bad", "awful awful", "unknown good"]) == [0, 0, 1]
+    seen = []
+
+    def fit(texts, labels):
+        assert labels == [int(text) % 2 for text in texts]
+        seen.append(set(texts))
+        return lambda others: [0 if text in seen[-1] else int(text) // 4 % 2 for text in others]
+    texts = [str(i) for i in range(11)]
+    found = ptp.cross_validated(fit, texts, [i % 2 for i in range(11)])
+    assert found == sum(i // 4 % 2 == i % 2 for i in range(11)) / 11
+    assert [len(x) for x in seen] == [8, 9, 9, 9, 9]
+
+
+# --- Hamiltonians --------------------------------------------------------------------------------
+
+def turns(n, seed=0):
+    return hamiltonian.random_turns(n, np.random.default_rng(seed))
+
+
+def sphere(degree):
+    """(unit vectors, weights) that integrate polynomials up to `degree` over the sphere exactly."""
+    z, w = np.polynomial.legendre.leggauss(degree // 2 + 1)
+    angle = 2 * np.pi * np.arange(degree + 1) / (degree + 1)
+    flat = np.sqrt(1 - z ** 2)[:, None]
+    u = np.stack([flat * np.cos(angle), flat * np.sin(angle), z[:, None] + 0 * angle], -1)
+    weights = np.repeat(w / 2 / len(angle), len(angle))
+    return torch.from_numpy(u.reshape(-1, 3)), torch.from_numpy(weights)
+
+
+def test_harmonics_are_orthonormal():
+    u, w = sphere(8)
+    y = torch.cat([hamiltonian.harmonics(l, u) for l in range(5)], 1)  # (.., 25)
+    close(y.T @ (w[:, None] * y), torch.eye(25), 1e-12)
+    close(hamiltonian.harmonics(1, u), 3 ** 0.5 * u[:, [1, 2, 0]], 1e-12)
+    close(hamiltonian.harmonics(2, u)[:, 2], 5 ** 0.5 * (3 * u[:, 2] ** 2 - 1) / 2, 1e-12)
+
+
+@pytest.mark.parametrize("l", range(5))
+def test_wigner_matrices(l):
+    """Orthogonal, a homomorphism, and the trace that every book has."""
+    one = torch.eye(2 * l + 1)
+    for R, S in zip(turns(3), turns(3, seed=1)):
+        D = hamiltonian.wigner(l, R)
+        close(D @ D.T, one, 1e-10)
+        close(hamiltonian.wigner(l, R @ S), D @ hamiltonian.wigner(l, S), 1e-10)
+        angle = math.acos((R.trace().item() - 1) / 2)
+        want = math.sin((l + 0.5) * angle) / math.sin(angle / 2)
+        assert abs(D.trace().item() - want) < 1e-9
+        close(hamiltonian.wigner(l, -R), (-1) ** l * D, 1e-10)
+    close(hamiltonian.wigner(l, torch.eye(3)), one, 1e-10)
+
+
+def test_clebsch_gordan_coefficients():
+    """Orthonormal, and covariant under turns that were not used to find them."""
+    for a, b, c in itertools.product(range(3), repeat=3):
+        if not abs(a - b) <= c <= a + b:
+            with pytest.raises(ValueError, match="no product"):
+                hamiltonian.clebsch_gordan(a, b, c)
+            continue
+        C = hamiltonian.clebsch_gordan(a, b, c)
+        close(torch.einsum("abk,abl->kl", C, C), torch.eye(2 * c + 1), 1e-10)
+        for R in turns(2, seed=9):
+            A, B, D = (hamiltonian.wigner(l, R) for l in (a, b, c))
+            turned = torch.einsum("ai,bj,ijk->abk", A, B, C)
+            close(turned, torch.einsum("abk,kc->abc", C, D), 1e-9)
+    for l in range(3):
+        C = hamiltonian.clebsch_gordan(0, l, l)[0]
+        close(C.abs(), torch.eye(2 * l + 1), 1e-10)
+
+
+WATER = hamiltonian.Orbitals({1: [0], 8: [0, 0, 1]})
+
+
+def test_orbitals_and_the_parts_of_blocks():
+    """Slots hold every species' shells; every block is the sum of its parts, which are
+    orthonormal."""
+    assert WATER.slots == [0, 0, 1] and WATER.places == [[0], [0, 1, 2, 3, 4]]
+    assert hamiltonian.Orbitals({6: [0, 1, 0], 3: [2, 1]}).places == [
+        [5, 6, 7, 8, 9, 2, 3, 4], [0, 2, 3, 4, 1]]
+    parts, flips = WATER.frames()
+    basis = parts.flatten(2).flatten(0, 1)  # (K M, n n)
+    basis = basis[basis.norm(dim=1) > 0]
+    close(basis @ basis.T, torch.eye(25), 1e-6)
+    antisymmetric = parts[flips == 1].sum(1)  # only two p shells have such parts
+    assert len(antisymmetric) == 1 and not antisymmetric[:, :2].any()
+    close(antisymmetric, -antisymmetric.transpose(1, 2), 1e-6)
+
+
+def test_tight_binding_data_turn_with_their_cluster():
+    """Turns, mirrors, shifts, exchanged atoms; a pair along z mixes s with p_z alone."""
+    data, rng = hamiltonian.TightBinding(1, 0), np.random.default_rng(3)
+    positions, species = data.cluster(rng), np.array([0, 1, 1, 0, 1])
+    h = data.matrix(positions, species)
+    assert np.abs(h - h.T).max() < 1e-13
+    for R in (*turns(2), -turns(1)[0]):
+        D = torch.block_diag(*[data.orbitals.turn(R)] * 5).numpy()
+        close(torch.from_numpy(data.matrix(positions @ R.numpy().T + 3, species)),
+              torch.from_numpy(D @ h @ D.T), 1e-12)
+    order = rng.permutation(5)
+    exchanged = data.matrix(positions[order], species[order]).reshape(5, 4, 5, 4)
+    assert np.abs(exchanged - h.reshape(5, 4, 5, 4)[order][:, :, order]).max() < 1e-13
+    pair = data.matrix(np.array([[0, 0, 0], [0, 0, 2.0]]), np.array([0, 1])).reshape(2, 4, 2, 4)
+    block = pair[0, :, 1]
+    there = np.zeros((4, 4), bool)
+    there[[0, 0, 2, 1, 2, 3], [0, 2, 0, 1, 2, 3]] = True  # ss, s z, z s, pi, sigma, pi
+    assert (np.abs(block) > 1e-9).tolist() == there.tolist()
+    assert block[1, 1] == block[3, 3] < 0 < block[2, 2] and block[0, 2] == -block[2, 0]
+
+
+def random_molecules(orbitals=WATER, sizes=(3, 1, 4), seed=0):
+    """(positions, species, cu_seqlens), float64."""
+    rng, n = np.random.default_rng(seed), sum(sizes)
+    positions = torch.from_numpy(rng.uniform(-2, 2, (n, 3)))
+    species = torch.from_numpy(rng.integers(len(orbitals.species), size=n))
+    return positions, species, torch.tensor([0, *itertools.accumulate(sizes)])
+
+
+def stages(kind, seed=0, orbitals=WATER):
+    """Stage 1, or both: free, strict. All weights random."""
+    model = hamiltonian.Covariant(orbitals, channels=4)
+    if kind != "first":
+        model = hamiltonian.GraphTransformer(model, kind == "strict", n_embd=16, heads=2)
+    model.init_weights(seed)
+    if kind != "first":
+        nn_init = torch.Generator().manual_seed(seed)
+        model.pair[2].weight.data.normal_(std=0.1, generator=nn_init)
+    first = hamiltonian.first_stage(model)
+    levels = torch.block_diag(*(torch.eye(2 * l + 1) * (l + 1) for l in orbitals.slots))
+    first.mean += levels * orbitals.exists[:, None]
+    return model.double()
+
+
+@pytest.mark.parametrize("kind", ["first", "strict"])
+def test_covariant_by_construction(kind):
+    """Turned, mirrored or shifted molecules have turned blocks; exchanged atoms exchanged ones."""
+    model, (positions, species, cu) = stages(kind), random_molecules()
+    blocks = model(positions, species, cu)
+    for R in (*turns(2), -turns(1)[0]):
+        D = WATER.turn(R)
+        close(model(positions @ R.T + 5, species, cu), D @ blocks @ D.T, 1e-7)
+    assert blocks.abs().mean() > 0.05
+    order = torch.tensor([2, 0, 1, 3, 7, 5, 6, 4])
+    exchanged = model(positions[order], species[order], cu)
+    pairs = hamiltonian.Pairs.of(cu)
+    place = {(i, j): p for p, (i, j) in enumerate(zip(pairs.i.tolist(), pairs.j.tolist()))}
+    there = [place[int(order[i]), int(order[j])] for i, j in place]
+    close(exchanged, blocks[there], 1e-10)
+
+
+@pytest.mark.parametrize("kind", ["first", "strict", "free"])
+def test_molecules_of_a_pack_are_apart(kind):
+    """Each is as if alone; blocks are hermitian, and 0 where an atom lacks the orbital."""
+    model, (positions, species, cu) = stages(kind), random_molecules()
+    blocks, ends, found = model(positions, species, cu), cu.tolist(), []
+    for a, b in zip(ends, ends[1:]):
+        alone = model(positions[a:b], species[a:b], torch.tensor([0, b - a]))
+        found.append(alone)
+        whole, = hamiltonian.matrices(alone, species[a:b], [0, b - a], WATER)
+        assert len(whole) == sum([1, 5][kind] for kind in species[a:b])
+        close(whole, whole.T, 1e-12)
+        assert (alone != 0).sum() <= whole.numel()
+    close(blocks, torch.cat(found), 1e-10)
+
+
+def test_the_free_stage_learns_covariance_at_best():
+    """At its start it is stage 1, bit for bit; then a turn changes what it says."""
+    model, (positions, species, cu) = stages("free"), random_molecules()
+    R = turns(1)[0]
+    D = WATER.turn(R)
+
+    def error():
+        return (model(positions @ R.T, species, cu) - D @ model(positions, species, cu) @ D.T).abs()
+    assert error().max() > 1e-3
+    torch.nn.init.zeros_(model.pair[2].weight)
+    assert torch.equal(model(positions, species, cu), model.first(positions, species, cu))
+    strict = hamiltonian.GraphTransformer(model.first, True).double().init_weights(1)
+    assert torch.equal(strict(positions, species, cu), model.first(positions, species, cu))
+
+
+def test_distance_in_attention_is_a_bias():
+    """Five more columns of q and k, against scores - s |r_i - r_j|^2 written out."""
+    rng, cu = torch.Generator().manual_seed(0), [0, 4, 5, 12]
+    q, k, v = (torch.randn(12, 2, 16, generator=rng, dtype=torch.float64) for _ in range(3))
+    r, sharpness = torch.randn(12, 3, generator=rng).double(), torch.tensor([0.3, 2.0]).double()
+    out = hamiltonian.attention_by_distance(q, k, v, r, sharpness, cu)
+    for a, b in zip(cu, cu[1:]):
+        far = (r[a:b, None] - r[a:b]).square().sum(-1)
+        scores = torch.einsum("ihd,jhd->hij", q[a:b], k[a:b]) / 4 - sharpness[:, None, None] * far
+        want = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v[a:b])
+        close(out[a:b], want, 1e-10)
+
+
+def test_training_keeps_what_is_built_in(workshop, monkeypatch):
+    """After training: float32, 1e-4 of the mean |H|; a frozen stage 1 is not touched."""
+    for line, stays in (("--strict", True), ("--no-joint", False), ("--stages 1", True)):
+        method, model, data = made(f"hamiltonian --batch 4 --eval_seqs 8 {line}")
+        first = hamiltonian.first_stage(model)
+        start = {name: p.clone() for name, p in first.state_dict().items()}
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        for step in range(20):
+            method.loss(model, method.batch(data, step, 15, 20), 15, 20)[0].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found = method.evaluate(model, data)
+        assert (found["covariance"] < 1e-4 * 1000 * data.test.blocks.abs().mean()) == stays
+        unchanged = same(first.state_dict().values(), start.values())
+        assert unchanged == (line == "--no-joint")
+
+
+def test_energies_are_those_of_h_and_s():
+    batch, rng = random_molecules(seed=2), np.random.default_rng(0)
+    positions, species, cu = batch
+    blocks = stages("first")(positions, species, cu).detach()
+    pairs = hamiltonian.Pairs.of(cu)
+    overlap = 0.02 * blocks + (pairs.i == pairs.j)[:, None, None] * torch.eye(5)
+    both = hamiltonian.Structures(species, cu, positions, blocks, overlap, torch.ones(3))
+    found, want = hamiltonian.energies(blocks, both, WATER), []
+    for h, s in zip(*(hamiltonian.matrices(x, species, cu, WATER) for x in (blocks, overlap))):
+        want += sorted(torch.linalg.eigvals(torch.linalg.solve(s, h)).real.tolist())
+    close(torch.cat(found), torch.tensor(want, dtype=torch.float64), 1e-8)
+
+
+def write_molecules(path, order="xyz", cut=0, shells=None, wrong=False, **tensors):
+    """Two waters, and the first one turned, in an order of p orbitals; made by a random stage 1."""
+    model, R = stages("first"), turns(1)[0]
+    positions = torch.tensor([[0, 0, 0], [0.9, 0.2, 0], [-0.3, 0.9, 0.1]]).double()
+    species, cu = torch.tensor([1, 0, 0]), torch.tensor([0, 3])
+    all_positions = positions, positions * 1.1, positions @ R.T
+    h, s = [], []
+    for r in all_positions:
+        whole, = hamiltonian.matrices(model(r, species, cu).detach(), species, cu, WATER)
+        where = [0, 1, *([4, 2, 3] if (order == "xyz") != wrong else [2, 3, 4]), 5, 6]
+        whole = whole[where][:, where]
+        i, j = torch.triu_indices(7, 7)
+        h.append(whole[i, j])
+        s.append((whole * 0.01 + torch.eye(7))[i, j])
+    written = {"species": torch.tensor([8, 1, 1] * 3), "positions": torch.cat(all_positions),
+               "cu_seqlens": torch.tensor([0, 3, 6, 9]), "n_occupied": torch.tensor([5, 5, 5]),
+               "h": torch.cat(h)[cut:], "s": torch.cat(s)[cut:], "rotation": R} | tensors
+    about = {"order": order, "shells": json.dumps(shells or {"8": [0, 0, 1], "1": [0]})}
+    save_file({k: v.contiguous() for k, v in written.items() if v is not None}, path, about)
+
+
+def test_files_of_molecules_are_read_and_tested(tmp_path):
+    """In either order of orbitals, and only if their blocks turn as they must."""
+    path = tmp_path / "x.safetensors"
+    found = []
+    for order in ("xyz", "yzx"):
+        write_molecules(path, order)
+        orbitals, molecules = hamiltonian.read_molecules(path)
+        assert orbitals.slots == [0, 0, 1] and len(molecules) == 2
+        found.append(molecules)
+    for one, other in zip(*found):
+        assert same(one, other)
+    assert molecules[0].tokens.tolist() == [1, 0, 0] and molecules[0].n_occupied.tolist() == [5]
+    bad = [dict(wrong=True), dict(cut=1), dict(shells={"8": [0, 1], "1": [0]}), dict(species=None),
+           dict(order="zyx"), dict(shells={"8": [0, 0, 1]}), dict(n_occupied=torch.tensor([5])),
+           dict(h=torch.full((84,), math.nan))]
+    for settings in bad:
+        write_molecules(path, **settings)
+        with pytest.raises(ValueError, match="x.safetensors"):
+            hamiltonian.read_molecules(path)
+
+
+@pytest.mark.parametrize("kind", ["first", "strict", "free"])
+def test_stages_are_saved_and_read(kind, tmp_path):
+    model = stages(kind).float()
+    hamiltonian.save_stages(model, tmp_path)
+    again = hamiltonian.load_stages(tmp_path)
+    positions, species, cu = random_molecules()
+    assert torch.equal(again(positions.float(), species, cu), model(positions.float(), species, cu))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="no model of Hamiltonians"):
+        hamiltonian.load_stages(tmp_path)
+
+
 # --- Locret --------------------------------------------------------------------------------------
 
 def test_locret_learns(tmp_path):
@@ -4640,8 +5276,8 @@ def test_locret_keeps_by_its_scores():
 
 # --- the house -----------------------------------------------------------------------------------
 
-LEVELS = [["attention_triton"], ["model"], ["prulong", "evict", "cepe", "meco", "vlorp"],
-          ["eval_tasks"], ["train"], ["footprint"], ["test_all"]]
+LEVELS = [["attention_triton"], ["model"], ["prulong", "evict", "cepe", "meco", "vlorp", "ptp",
+           "hamiltonian"], ["eval_tasks"], ["train"], ["footprint"], ["test_all"]]
 INSIDE = {("model", "evict"), ("model", "model")}  # imported inside functions
 
 

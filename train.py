@@ -33,11 +33,13 @@ from tqdm import tqdm
 
 import cepe
 import evict
+import hamiltonian
 import meco
 import prulong
+import ptp
 import vlorp
 from eval_tasks import TINY, FactData, final_answer, tiny_model, tiny_start, word_problem
-from model import (CHAT_FORMATS, DTYPES, TOKENIZER_FILES, Llama, Method, Parser, all_reduce,
+from model import (CHAT_FORMATS, DTYPES, TOKENIZER_FILES, Llama, Method, Parser, Trunk, all_reduce,
                    append_line, barrier, byte_tokenizer, collate, fingerprint, flag,
                    generate, join, load_config, load_model, load_tokenizer, parse, peak_memory,
                    permutation, rank, read_json, replacing, run, shuffled, world_size,
@@ -46,7 +48,8 @@ from model import (CHAT_FORMATS, DTYPES, TOKENIZER_FILES, Llama, Method, Parser,
 METHODS = {
     "lm": Method, "sft": Method, "prulong": prulong.PruLong, "duo": prulong.Duo,
     "locret": evict.LocretTraining, "cepe": cepe.Expand, "ceped": cepe.Distil, "meco": meco.MeCo,
-    "vlorp": vlorp.VLoRP}
+    "vlorp": vlorp.VLoRP, "ptp": ptp.Pretraining, "screenshot": ptp.Screenshot,
+    "hamiltonian": hamiltonian.TwoStage}
 STREAMS = {"facts": FactData}  # embedded data of token ids, for the tiny model
 
 
@@ -772,17 +775,19 @@ def build_model(method_class, args, config):
         longest = max(model.config.max_seq_len, args.seq_len)
         changed = replace(model.config, rope_base=args.rope_base, max_seq_len=longest)
         model.config = model.model.config = changed
-    model.model.checkpointing = args.checkpointing
+    for module in model.modules():
+        if isinstance(module, Trunk):
+            module.checkpointing = args.checkpointing
     return model.to(args.device)
 
 
 def describe(model, data, args):
     n = sum(p.numel() for p in model.parameters()) / 1e6
-    where = args.model or "a tiny Llama"
+    where = args.model or f"a tiny {type(model).__name__}"
+    each = getattr(data, "unit", f"x {args.seq_len} tokens")
     fresh = "fresh weights" if args.from_scratch else "trained"
     return (f"{args.method}: {where} ({n:.2f}M parameters, {fresh}), {args.steps} steps of "
-            f"{args.grad_accum} x {args.batch} x {args.seq_len} tokens of {args.data} "
-            f"({type(data).__name__}), "
+            f"{args.grad_accum} x {args.batch} {each} of {args.data} ({type(data).__name__}), "
             f"{args.dtype} on {args.device}")
 
 
