@@ -33,8 +33,8 @@ from tqdm import tqdm
 from attention_triton import attention
 from model import (DTYPES, Block, Llama, LlamaConfig, Method, RMSNorm, Trunk, assign, causal,
                    checked_config, collate, cross_entropy, flag, generate, init_matrices,
-                   load_model, load_tokenizer, parse, read_json, read_weights, run, save_model,
-                   warmup_cosine, weight_files, write_json)
+                   join, load_model, load_tokenizer, parse, read_json, read_weights, run,
+                   save_model, warmup_cosine, weight_files, write_json)
 
 # --- the model -----------------------------------------------------------------------------------
 
@@ -661,6 +661,7 @@ def main():
     config, = parse([Flags], description="Continue a prompt with a file as context.")
     if not (config.model and config.context and config.prompt):
         raise ValueError("--model, --context, --prompt are needed; train.py --method cepe trains")
+    join(config.device)
     model = load_cepe(config.model, config.device, DTYPES[config.dtype])
     tokenizer = load_tokenizer(config.model)
     with open(config.context, encoding="utf-8") as f:

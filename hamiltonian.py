@@ -28,18 +28,19 @@ import json
 import os
 from dataclasses import dataclass
 from math import factorial, pi
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.polynomial import Polynomial
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from attention_triton import attention
-from model import (LlamaConfig, Method, Trunk, flag, init_matrices, parse, read_json, read_weights,
-                   run, shuffled, warmup_cosine, write_json, write_tensors)
+from model import (LlamaConfig, Method, Trunk, assign, flag, init_matrices, join, parse, read_json,
+                   read_weights, run, shuffled, to_device, warmup_cosine, write_json, write_tensors)
 
 # --- turns ---------------------------------------------------------------------------------------
 
@@ -87,10 +88,11 @@ def clebsch_gordan(a, b, c):
     for R in random_turns(3, np.random.default_rng(1)):
         turn = functools.reduce(torch.kron, (wigner(l, R) for l in (a, b, c)))
         equations.append(turn - torch.eye(len(turn)))
-    _, size, vectors = torch.linalg.svd(torch.cat(equations))
+    _, size, vectors = torch.linalg.svd(torch.cat(equations), full_matrices=False)
     assert size[-1] < 1e-9 and (len(size) == 1 or size[-2] > 1e-3), "one solution"
     C = vectors[-1] * (2 * c + 1) ** 0.5
-    return (C * C[C.abs().argmax()].sign()).view(shape)
+    largest = C.abs() > 0.999 * C.abs().max()  # the first of these is positive
+    return (C * C[largest][0].sign()).view(shape)
 
 
 # --- orbitals and blocks -------------------------------------------------------------------------
@@ -109,9 +111,9 @@ class Orbitals:
         self.starts = np.cumsum([0] + [2 * l + 1 for l in self.slots]).tolist()
         self.n, self.degree = self.starts[-1], 2 * top  # the features' highest
         self.places = [self.place(self.shells[z]) for z in self.species]
-        self.exists = torch.zeros(len(self.species), self.n)
+        self.exists = torch.zeros(len(self.species), self.n, dtype=torch.bool)
         for row, places in zip(self.exists, self.places):
-            row[places] = 1
+            row[places] = True
 
     def place(self, degrees) -> list:
         """Where in the slots a species' orbitals stand, in its own order."""
@@ -127,9 +129,8 @@ class Orbitals:
         return torch.block_diag(*(wigner(l, R) for l in self.slots))
 
     def frames(self):
-        """(parts (K, M, n, n), flips (K,)): part k of degree c of two slots, as numbers at c^2 ..
-        (c + 1)^2 of M = (degree + 1)^2, is this block; flips: it is odd under reflection beyond
-        (-1)^c."""
+        """(parts (K, M, n, n), flips (K,)): parts[k, m] is component m of degree c in one pair of
+        slots, m in c^2 .. (c + 1)^2 - 1 of M; flips[k] is 1 if it is odd beyond (-1)^c."""
         parts, flips = [], []
         for (s, a), (t, b) in itertools.product(enumerate(self.slots), repeat=2):
             rows, columns = (slice(self.starts[x], self.starts[x + 1]) for x in (s, t))
@@ -168,7 +169,7 @@ def matrices(blocks, species, cu_seqlens, orbitals) -> list:
     found = []
     for n, kinds, part in each:
         full = part.unflatten(0, (n, n)).transpose(1, 2)  # (n, orbitals, n, orbitals)
-        exists = orbitals.exists.to(kinds.device)[kinds].flatten() > 0
+        exists = orbitals.exists.to(kinds.device)[kinds].flatten()
         found.append(full.flatten(2).flatten(0, 1)[exists][:, exists])
     return found
 
@@ -231,7 +232,7 @@ class Covariant(nn.Module):
         """reach [positions' unit]: how far atoms see each other."""
         super().__init__()
         self.orbitals, self.reach, self.n_radial = orbitals, reach, n_radial
-        self.shape = dict(channels=channels, layers=layers, reach=reach)
+        self.settings = dict(channels=channels, layers=layers, reach=reach, n_radial=n_radial)
         n_species, degree = len(orbitals.species), orbitals.degree
         n_known = n_radial + 2 * n_species + 1
         self.embed = nn.Embedding(n_species, channels)
@@ -281,7 +282,7 @@ class Covariant(nn.Module):
         return torch.stack((even, torch.zeros_like(even)), 1)
 
     def geometry(self, positions, species, pairs):
-        """(harmonics (P, M), what no turn changes (P, n_known)) of pairs; both fade at `reach`."""
+        """(harmonics (P, M), which fade at `reach`; what no turn changes (P, n_known)) of pairs."""
         between = positions[pairs.j] - positions[pairs.i]
         is_self = pairs.i == pairs.j
         distance = (between.square().sum(1) + is_self).sqrt()  # 1 for an atom itself
@@ -312,24 +313,25 @@ class Covariant(nn.Module):
         return self.scale * blocks * self.there(species, pairs)
 
     def there(self, species, pairs):
-        """1 where both atoms have the orbital, else 0, (P, n, n)."""
+        """bool (P, n, n): where both atoms have the orbital."""
         exists = self.exists[species]  # (N, n)
-        return exists[pairs.i].unsqueeze(2) * exists[pairs.j].unsqueeze(1)
+        return exists[pairs.i].unsqueeze(2) & exists[pairs.j].unsqueeze(1)
 
 
 # --- stage 2: a graph Transformer ----------------------------------------------------------------
 
 def attention_by_distance(q, k, v, positions, sharpness, cu):
     """Attention inside molecules with scores lowered by sharpness (n_head,) |r_i - r_j|^2, by the
-    plain one: q' = (q, 2 s r, -s |r|^2, -s), k' = (k, r, 1, |r|^2). q, k, v (N, n_head, D)."""
+    plain one: q' = (q, 2 s r, -s |r|^2, -s), k' = (k, r, 1, |r|^2), where s = sharpness sqrt(D),
+    because scores are divided by sqrt(D). q, k, v (N, n_head, D)."""
     n, n_head, D = q.shape
-    s = sharpness[:, None] * D ** 0.5  # scores are divided by it
+    s = sharpness[:, None] * D ** 0.5
     r = positions[:, None].expand(n, n_head, 3)
     square, one = r.square().sum(-1, keepdim=True), torch.ones_like(r[..., :1])
-    q = torch.cat((q, 2 * s * r, -s * square, -s * one), -1)  # in the positions' precision
+    q = torch.cat((q, 2 * s * r, -s * square, -s * one), -1)
     k = torch.cat((k, r, one, square), -1)
     width = 1 << (D + 4).bit_length()  # kernels want a power of 2, here of at least D + 5
-    q, k, v = (F.pad(x.to(r), (0, width - x.shape[-1])) for x in (q, k, v))
+    q, k, v = (F.pad(x, (0, width - x.shape[-1])) for x in (q, k, v))
     return attention(q, k, v, cu, cu, causal=False, scale=D ** -0.5)[..., :D]
 
 
@@ -340,8 +342,8 @@ class GraphTransformer(nn.Module):
         """joint: stage 1 is trained on with stage 2."""
         super().__init__()
         self.first, self.strict, self.joint = first, strict, joint
-        orbitals, channels = first.orbitals, first.shape["channels"]
-        self.shape = dict(strict=strict, joint=joint, n_embd=n_embd, layers=layers, heads=heads)
+        orbitals, channels = first.orbitals, first.settings["channels"]
+        self.settings = dict(strict=strict, joint=joint, n_embd=n_embd, layers=layers, heads=heads)
         width = 2 * channels * (orbitals.degree + 1 if strict else (orbitals.degree + 1) ** 2)
         self.trunk = Trunk(LlamaConfig(len(orbitals.species), layers, heads, heads, n_embd,
                                        3 * n_embd, n_embd // heads))
@@ -391,7 +393,7 @@ class GraphTransformer(nn.Module):
 
         def attend(layer, q, k, v):
             s = self.sharpness[layer].exp()
-            return attention_by_distance(q, k, v, centred, s, cu).to(q)
+            return attention_by_distance(q, k, v, centred, s, cu)
         x = self.trunk.embed_tokens(species) + self.read(numbers)
         nowhere = torch.zeros(len(x), dtype=torch.long, device=x.device)  # RoPE turns nothing
         return self.trunk(x, attend, nowhere)
@@ -424,24 +426,21 @@ class Structures(NamedTuple):
 
 
 class Molecules:
-    """Molecules with their Hamiltonians, in memory; the last ones, shuffled, are held out."""
+    """Molecules with their Hamiltonians, in memory; a random n_held_out of them are held out."""
 
     vocab_size, unit = None, "molecules"
 
-    def __init__(self, orbitals, molecules, n_seq, n_held_out, seed, n_train=None):
-        """molecules: [Structures of one]. n_train: how many of those not held out are learnt."""
+    def __init__(self, orbitals, molecules, n_seq, n_held_out, seed):
+        """molecules: [Structures of one]."""
         order = np.random.default_rng((seed, 7)).permutation(len(molecules))
-        n_train = len(molecules) - n_held_out if n_train is None else n_train
-        if not 0 < n_held_out < len(molecules) or not 0 < n_train <= len(molecules) - n_held_out:
-            raise ValueError(f"{len(molecules)} molecules are too few to hold {n_held_out} out and "
-                             f"learn {n_train}")
         self.orbitals, self.n_seq, self.seed = orbitals, n_seq, seed
-        self.train = [molecules[i] for i in order[n_held_out:n_held_out + n_train]]
+        self.train = [molecules[i] for i in order[n_held_out:]]
         self.test = pack([molecules[i] for i in order[:n_held_out]])
 
-    def batch(self, i):
-        places = range(i * self.n_seq, (i + 1) * self.n_seq)
-        return pack([self.train[shuffled(j, len(self.train), self.seed)] for j in places])
+    def batch(self, i, n_train=None):
+        """Of the first n_train molecules."""
+        n, places = n_train or len(self.train), range(i * self.n_seq, (i + 1) * self.n_seq)
+        return pack([self.train[shuffled(j, n, self.seed)] for j in places])
 
 
 def pack(molecules) -> Structures:
@@ -472,20 +471,21 @@ def read_molecules(path):
     """(Orbitals, [Structures]) of a safetensors file. Its tensors: species (N,), atomic numbers;
     positions (N, 3) [Angstrom]; cu_seqlens; n_occupied (B,); h and s, the upper triangles of each
     molecule's matrices, row by row [eV]; its metadata: shells {"8": [0, 0, 1], ..}, the degrees of
-    each atom's orbitals, and order, in which it has those of l = 1. If rotation (3, 3) is there,
+    each atom's orbitals, and order, in which it has those of l = 1 (above, m = -l .. l, as
+    harmonics has them). If rotation (3, 3) is there,
     the last molecule is the first one so turned, and must have its blocks so turned.
 
     Raises ValueError for what does not fit."""
-    with safe_open(path, "pt") as file:
-        about = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
     try:
+        with safe_open(path, "pt") as file:
+            about = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         orbitals = Orbitals(json.loads(about["shells"]))
         order, cu = ORDERS[about["order"]], tensors["cu_seqlens"].tolist()
         numbers, positions = tensors["species"].tolist(), tensors["positions"]
         h, s, n_occupied = tensors["h"].double(), tensors["s"].double(), tensors["n_occupied"]
         kinds = torch.tensor([orbitals.species.index(z) for z in numbers])
-    except (KeyError, ValueError, TypeError) as e:
+    except (KeyError, ValueError, TypeError, SafetensorError) as e:
         raise ValueError(f"{path}: not a file of molecules ({type(e).__name__}: {e})") from None
     shapes = positions.shape, kinds.shape, n_occupied.shape
     if shapes != ((cu[-1], 3), (cu[-1],), (len(cu) - 1,)):
@@ -575,13 +575,15 @@ class TightBinding:
         screen = np.einsum("ik,jk->ij", near, near) * 8  # a third atom near both
         f = np.exp(-(r - 1.8) / 0.9) * smooth * others * (1 - np.tanh(screen))
         f = f * (1 + 0.5 * np.tanh(crowd[:, None] + crowd - 1.5))
-        ss, sp, sigma, pi = np.moveaxis(self.strength[species[:, None] + species], 2, 0) * f
+        strength = self.strength[species[:, None] + species]  # (n, n, 4)
+        ss, sp, pp_sigma, pp_pi = np.moveaxis(strength, 2, 0) * f
         h = np.zeros((n, 4, n, 4))
         h[:, 0, :, 0] = ss
         h[:, 0, :, 1:] = sp[..., None] * u
         h[:, 1:, :, 0] = -(sp[..., None] * u).transpose(0, 2, 1)
         along = u[..., :, None] * u[..., None, :]  # (i, j, 3, 3)
-        p = sigma[..., None, None] * along + pi[..., None, None] * (np.eye(3) - along)
+        across = np.eye(3) - along
+        p = pp_sigma[..., None, None] * along + pp_pi[..., None, None] * across
         h[:, 1:, :, 1:] = p.transpose(0, 2, 1, 3)
         for i, (s_level, p_level) in enumerate(self.onsite[species]):
             field = np.einsum("j,ja->a", np.tanh(near[i]), u[i]) / (1 + crowd[i])
@@ -596,8 +598,8 @@ class TightBinding:
 # --- the technique -------------------------------------------------------------------------------
 
 class TwoStage(Method):
-    """Stage 1 alone for the first steps, then stage 2 on it. A learning rate's cosine each, also
-    where a run has no second stage: so it is the control that was trained as long."""
+    """Stage 1 alone for the first steps, then stage 2 on it. Each stage has its own warm-up and
+    cosine. With stages=1 the schedule restarts too, so that it is a fair control."""
 
     shard = False
 
@@ -624,8 +626,16 @@ class TwoStage(Method):
     def data(cls, args, config, tokenizer, rows):
         if args.model:
             raise ValueError("--method hamiltonian has no --model: it begins anew")
-        found = molecules_of(args.data, args.seed)
-        return Molecules(*found, args.batch, args.eval_seqs, args.seed, config.n_train)
+        if args.dtype != "float32" or args.rope_base or args.seq_parallel > 1:
+            raise ValueError("--method hamiltonian takes no --dtype, --rope_base, --seq_parallel")
+        if config.stages > 1 and config.first >= 1:
+            raise ValueError("--first must be below 1: stage 2 is to be trained")
+        orbitals, molecules = molecules_of(args.data, args.seed)
+        left = len(molecules) - args.eval_seqs
+        if left < (config.n_train or 1):
+            raise ValueError(f"{len(molecules)} molecules are too few to hold {args.eval_seqs} out "
+                             f"and learn {config.n_train or 1}")
+        return Molecules(orbitals, molecules, args.batch, args.eval_seqs, args.seed)
 
     @classmethod
     def load(cls, args, config):
@@ -634,21 +644,25 @@ class TwoStage(Method):
         if config.stages > 1:
             model = GraphTransformer(model, config.strict, config.joint)
         model.init_weights(args.seed)
-        set_scale(first_stage(model), pack(data.train))
-        return model.to(args.device)
+        set_scale(first_stage(model), pack(data.train[:config.n_train]))
+        return model
 
     def __init__(self, model, config, seed=0):
         nn.Module.__init__(self)
         self.config, self.orbitals, self.seed = config, first_stage(model).orbitals, seed
 
+    def switch(self, steps):
+        """The step at which stage 2 begins."""
+        return round(self.config.first * steps)
+
     def lr_scale(self, step, steps, args):
-        switch = round(self.config.first * steps)
+        switch = self.switch(steps)
         if step < switch:
             return warmup_cosine(step, switch, args.warmup, args.min_lr)
         return warmup_cosine(step - switch, steps - switch, args.warmup, args.min_lr)
 
     def batch(self, data, i, step, steps):
-        batch = data.batch(i)
+        batch = data.batch(i, self.config.n_train)
         if self.config.turn:
             batch, _ = batch.turned(self.orbitals, np.random.default_rng((data.seed, i, 5)))
         return batch
@@ -659,21 +673,18 @@ class TwoStage(Method):
     def loss(self, model, batch, step, steps):
         """Mean absolute error and root of the mean square, in units of H's deviation."""
         first = first_stage(model)
-        trained = first if step < self.config.first * steps else model
+        trained = first if step < self.switch(steps) else model
         blocks = trained(batch.positions, batch.tokens, batch.cu_seqlens)
-        error = (blocks - batch.blocks)[self.there(first, batch)]
+        error = (blocks - batch.blocks)[first.there(batch.tokens, Pairs.of(batch.cu_seqlens))]
         mean = error.abs().mean()
         loss = (mean + error.square().mean().sqrt()) / first.scale
         return loss, {"meV": 1000 * mean.item()}
 
-    @staticmethod
-    def there(first, batch):
-        return first.there(batch.tokens, Pairs.of(batch.cu_seqlens)) > 0
-
     def before(self, model, data):
         """The training set's mean block for each two species."""
         first = first_stage(model)
-        means = mean_blocks(first, pack(data.train))
+        train = to_device(pack(data.train[:self.config.n_train]), first.scale.device)
+        means = mean_blocks(first, train)
 
         def mean(positions, species, cu_seqlens):
             return means[first.kinds(species, Pairs.of(cu_seqlens))]
@@ -687,8 +698,8 @@ class TwoStage(Method):
         """Mean absolute errors [meV] on the held-out molecules: of H; of H of turned molecules; how
         much the prediction does not turn with them; of the orbitals' energies, all and occupied."""
         first = first_stage(model)
-        test = Structures(*(x.to(first.scale.device) for x in data.test))
-        there = self.there(first, test)
+        test = to_device(data.test, first.scale.device)
+        there = first.there(test.tokens, Pairs.of(test.cu_seqlens))
         turned, D = test.turned(first.orbitals, np.random.default_rng(self.seed))
         found = predict(test.positions, test.tokens, test.cu_seqlens)
         found_turned = predict(turned.positions, turned.tokens, turned.cu_seqlens)
@@ -703,7 +714,7 @@ class TwoStage(Method):
         return {name: 1000 * x.abs().mean().item() for name, x in in_eV.items()}
 
     def rows(self, model, data, before, runs, out_dir):
-        """Of a second stage that left the first as it was also the first by itself."""
+        """A second stage that left the first as it was also gets a row for the first alone."""
         yield "mean of the training set", before
         for name, (method, m) in runs.items():
             if method.config.stages > 1 and not method.config.joint:
@@ -747,17 +758,17 @@ def mean_blocks(first, batch):
 
 
 def set_scale(first, batch):
-    """Stage 1's constants: the part of degree 0 of each species' mean block, which any turn
-    leaves, and the deviation from it."""
+    """Stage 1's constants: what no turn changes of each species' mean block, and the deviation
+    from it."""
     n, means = len(first.orbitals.species), mean_blocks(first, batch)
     scalars = first.parts[:, 0]  # (K, n, n)
-    own = means[n * n::n + 1]  # an atom with itself, (species, n, n)
-    amounts = torch.einsum("kab,sab->sk", scalars, own)
+    alone = means[n * n::n + 1]  # an atom with itself, (species, n, n)
+    amounts = torch.einsum("kab,sab->sk", scalars, alone)
     first.mean.copy_(torch.einsum("kab,sk->sab", scalars, amounts))
     pairs = Pairs.of(batch.cu_seqlens)
     is_self = (pairs.i == pairs.j)[:, None, None]
     rest = batch.blocks - is_self * first.mean[batch.tokens[pairs.i]]
-    first.scale.copy_(rest[first.there(batch.tokens, pairs) > 0].std())
+    first.scale.copy_(rest[first.there(batch.tokens, pairs)].std())
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -765,11 +776,11 @@ def set_scale(first, batch):
 def save_stages(model, path) -> list:
     """Weights and what shapes them; returns the paths."""
     first = first_stage(model)
-    about = {"shells": first.orbitals.shells, "first": first.shape,
-             "second": model.shape if model is not first else None}
+    about = {"shells": first.orbitals.shells, "first": first.settings,
+             "second": model.settings if model is not first else None}
     paths = [os.path.join(path, name) for name in ("config.json", "model.safetensors")]
     write_json(paths[0], {"hamiltonian": about})
-    write_tensors(paths[1], model.state_dict(), {"format": "pt"})
+    write_tensors(paths[1], model.state_dict())
     return paths
 
 
@@ -779,11 +790,13 @@ def load_stages(path, device="cpu"):
     about = read_json(file).get("hamiltonian")
     if about is None:
         raise ValueError(f"{file}: no model of Hamiltonians")
-    model = Covariant(Orbitals(about["shells"]), **about["first"])
-    if about["second"]:
-        model = GraphTransformer(model, **about["second"])
-    model.load_state_dict(read_weights(path, device, torch.float32))
-    return model.to(device)
+    try:
+        model = Covariant(Orbitals(about["shells"]), **about["first"])
+        if about["second"]:
+            model = GraphTransformer(model, **about["second"])
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"{file}: unsupported ({type(e).__name__}: {e})") from None
+    return assign(model, read_weights(path, "cpu", torch.float32), path).to(device)
 
 
 @dataclass
@@ -797,12 +810,13 @@ def main():
     config, = parse([Flags], description="Errors of a trained model on a file of molecules.")
     if not (config.model and config.data):
         raise ValueError("--model and --data are needed; train.py --method hamiltonian trains")
+    join(config.device)
     model = load_stages(config.model, config.device)
     orbitals, molecules = read_molecules(config.data)
     if orbitals.shells != first_stage(model).orbitals.shells:
         raise ValueError(f"{config.data} has the shells {orbitals.shells}, the model "
                          f"{first_stage(model).orbitals.shells}")
-    data = Molecules(orbitals, molecules[:1] + molecules, 1, len(molecules), 0)
+    data = SimpleNamespace(test=pack(molecules))
     method = TwoStage(model, TwoStage.Config())
     for name, value in method.evaluate(model, data).items():
         print(f"{name}: {value:.3f} meV")

@@ -447,6 +447,11 @@ def collate(docs, targets=None) -> Batch:
     return Batch(torch.cat(docs), torch.cat(list(targets)), cu_seqlens)
 
 
+def to_device(batch, device):
+    """A Batch, or another NamedTuple of tensors, on a device."""
+    return type(batch)(*(x if x is None else x.to(device) for x in batch))
+
+
 def shuffled(j, n, *key) -> int:
     """Which of n items comes at place j, in epochs that are each shuffled anew by key."""
     epoch, at = divmod(j, n)

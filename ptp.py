@@ -4,7 +4,7 @@ A text is drawn with a bitmap font and cut into patches x_1 .. x_n of h x w pixe
 the last of them all ink. Patches are told apart from their mean and deviation:
     z_i = (x_i - mean(x_i)) / sqrt(var(x_i) + 1e-6).
 
-PTP, an encoder. A quarter of the words is drawn as <mask>, a tenth of the patches is left out; the
+PTP, an encoder. A quarter of the tokens is drawn as <mask>, a tenth of the patches is left out; the
 rest is read in both directions, s = encode(x), and both are recovered:
     loss = mean_t -log p(t | text before t, s)  +  mean_(left out i) |draw(s)_i - z_i|^2 / (h w).
 ScreenshotLM, a Llama that goes on behind a picture: x_1 .. x_n t_1 .. t_m, both losses on what
@@ -12,14 +12,16 @@ comes next. One linear map brings patches in, another draws them; all else is th
 
 Paper: "Improving Language Understanding from Screenshots", arXiv:2402.14073. It says: an encoder of
 this kind comes within 2 % of BERT on 6 of 8 GLUE tasks, and screenshots of what came before lower
-the perplexity of a text. The first is beyond this file's sizes; see results/ for both.
+the perplexity of a text. What came out here, at small sizes, is in results/.
 
     python train.py --method ptp                                  # embedded: stories
     python train.py --method screenshot
     python train.py --method screenshot --model DIR --data SRC --context 256 --seq_len 512
+and what a run with --model left:
+
     python ptp.py --model out/screenshot --context FILE --prompt TEXT      # go on behind a picture
-    python ptp.py --model out/ptp --figure FILE.png               # masked, recovered
-    python ptp.py --model out/ptp --glue dev.tsv                  # 5-fold accuracy
+    python ptp.py --model out/ptp --context FILE --figure FILE.png         # masked, recovered
+    python ptp.py --model out/ptp --glue dev.tsv                           # 5-fold accuracy
 """
 import collections
 import copy
@@ -42,10 +44,10 @@ from torch import nn
 from tqdm import tqdm
 
 from attention_triton import attention
-from model import (Llama, LlamaConfig, Method, Trunk, assign, causal, checked_config, collate,
-                   cross_entropy, flag, generate, init_matrices, load_config, load_model,
+from model import (Llama, LlamaConfig, Method, Trunk, assign, checked_config, collate,
+                   cross_entropy, flag, generate, init_matrices, join, load_config, load_model,
                    load_tokenizer, parse, read_json, read_weights, replacing, run, save_model,
-                   warmup_cosine, write_json)
+                   to_device, warmup_cosine, write_json)
 
 # --- drawing text --------------------------------------------------------------------------------
 
@@ -63,16 +65,20 @@ LAYOUTS = ("grid", "words", "proportional")
 
 
 class Font(NamedTuple):
-    """Cells of height x width pixels by character; what has none is drawn as a box."""
+    """Cells of height x width pixels by character; what has none is drawn as a box. path: the file
+    that it was read from."""
     height: int
     width: int
     cells: dict
+    path: str | None = None
 
     def cell(self, character):
+        if character in self.cells:
+            return self.cells[character]
         box = np.zeros((self.height, self.width), np.uint8)
         box[:-1, :-1] = 1
         box[1:-2, 1:-2] = 0
-        return self.cells.get(character, box)
+        return box
 
 
 def own_font() -> Font:
@@ -108,7 +114,8 @@ def read_psf(path) -> Font:
         raise ValueError(f"{path}: not a PSF font ({e})") from None
     pixels = np.unpackbits(rows, axis=2)[:, :, :width]
     names = names[:n] if has_table else [chr(i) if 32 <= i < 127 else "" for i in range(n)]
-    return Font(height, width, {c: cell for name, cell in zip(names, pixels) for c in name})
+    cells = {c: cell for name, cell in zip(names, pixels) for c in name}
+    return Font(height, width, cells, os.fspath(path))
 
 
 class Screen(NamedTuple):
@@ -221,8 +228,8 @@ def patch_loss(drawn, patches):
 
 
 def span_mask(n, share, rng):
-    """bool (n,): the round(share n) patches to leave out, in spans of 1 to 6 with at least as many
-    between two; what does not find room is spread at random."""
+    """bool (n,): the round(share n) patches to leave out, in spans of 1 to 6, each at least its own
+    length from those before it; the rest at random."""
     out, n_out = np.zeros(n, bool), round(share * n)
     for _ in range(100):
         span = 1 + rng.choice(6, p=(0.2, 0.2, 0.2, 0.2, 0.1, 0.1))
@@ -237,10 +244,17 @@ def span_mask(n, share, rng):
 def mask_text(ids, tokenizer, share, rng) -> str:
     """The text of token ids, each of which is drawn as <mask> with probability `share`; neighbours
     share one."""
-    masked, text = rng.random(len(ids)) < share, ""
-    for is_masked, run_ in itertools.groupby(zip(ids, masked), key=lambda pair: pair[1]):
-        text += " <mask>" if is_masked else tokenizer.decode([i for i, _ in run_], marks=False)
+    masked, text, end = rng.random(len(ids)) < share, "", 0
+    for is_masked, group in itertools.groupby(masked):
+        start, end = end, end + len(list(group))
+        text += " <mask>" if is_masked else text_between(ids, tokenizer, start, end)
     return text
+
+
+def text_between(ids, tokenizer, start, end):
+    """Of ids[start:end], as it stands in all of it: some tokenizers drop a text's first space."""
+    before, all_ = (tokenizer.decode(ids[:i], marks=False) for i in (start, end))
+    return all_[len(before):]
 
 
 # --- the models ----------------------------------------------------------------------------------
@@ -319,7 +333,7 @@ class PTP(Llama):
             x += [prefix.to(text.dtype), text]
             at.append(torch.arange(len(text)) + cu[-1] + len(prefix))
             cu.append(cu[-1] + len(prefix) + len(text))
-        hidden = super().hidden(torch.cat(x), causal(cu))
+        hidden = super().hidden(torch.cat(x), self.causal(cu))
         return hidden[torch.cat(at).to(hidden.device)]
 
 
@@ -355,18 +369,17 @@ def both_ways(cu):
 KINDS = {"screenshot": ScreenshotLM, "ptp": PTP}
 
 
-def save_reader(model, path, font=None) -> list:
-    """A Llama's folder; config.json also says how text is drawn. font: the file of a font that is
-    not this file's own, which is copied. Returns the paths."""
+def save_reader(model, path) -> list:
+    """A Llama's folder; config.json also says how text is drawn, and a font that was read from a
+    file is copied. Returns the paths."""
     paths, config = save_model(model, path), os.path.join(path, "config.json")
-    screen = {name: getattr(model.screen, name) for name in ("columns", "lines", "layout")}
+    about = {name: getattr(model.screen, name) for name in ("columns", "lines", "layout")}
     if isinstance(model, PTP):
-        screen |= dict(enc_layers=model.enc_layers, draw_layers=model.draw_layers)
-        write_json(config, read_json(config) | {"ptp": screen})
-    else:
-        write_json(config, read_json(config) | {"screenshot": screen})
-    if font:
-        paths.append(shutil.copy(font, os.path.join(path, "font.psf")))
+        about |= dict(enc_layers=model.enc_layers, draw_layers=model.draw_layers)
+    kind, = (kind for kind in KINDS if type(model) is KINDS[kind])
+    write_json(config, read_json(config) | {kind: about})
+    if model.screen.font.path:
+        paths.append(shutil.copy(model.screen.font.path, os.path.join(path, "font.psf")))
     return paths
 
 
@@ -374,7 +387,7 @@ def load_reader(path, device="cpu", dtype=torch.float32):
     """The PTP or ScreenshotLM in folder `path`. Raises ValueError for another folder."""
     file, font = (os.path.join(path, name) for name in ("config.json", "font.psf"))
     hf = read_json(file)
-    kind = next((kind for kind in KINDS if isinstance(hf.get(kind), dict)), None)
+    kind = kind_of(path)
     if kind is None:
         raise ValueError(f"{file}: neither a PTP nor a ScreenshotLM")
     about = dict(hf[kind])
@@ -390,16 +403,23 @@ def load_reader(path, device="cpu", dtype=torch.float32):
 
 # --- what both methods share ---------------------------------------------------------------------
 
+def kind_of(path):
+    """The key of KINDS of a folder, None for another folder."""
+    hf = read_json(os.path.join(path, "config.json"))
+    return next((kind for kind in KINDS if isinstance(hf.get(kind), dict)), None)
+
+
 class Reader(Method):
-    """Flags of the picture, and the data: pairs of what comes before a text, and the text."""
+    """Flags of the picture, and the data: pairs of what comes before a text, and the text. A
+    subclass says its `kind` of folder."""
 
     own_attention = True
 
     @dataclass
     class Config:
         columns: int = flag(2, "characters that a patch is wide", least=1)
-        lines: int = flag(1, "pieces of so many characters that a patch shows", least=1)
-        layout: str | None = flag(None, "grid, words (filled up to whole pieces), proportional "
+        lines: int = flag(1, "rows of --columns characters in a patch", least=1)
+        layout: str | None = flag(None, "grid, words (filled up to whole rows), proportional "
                                         "(default: grid, stories: words)", choices=LAYOUTS)
         font: str | None = flag(None, "a PC screen font, .psf (default: 5 x 7 pixels)")
         context: int | None = flag(None, "tokens of each sequence that come before the text "
@@ -414,32 +434,46 @@ class Reader(Method):
 
     @classmethod
     def data(cls, args, config, tokenizer, rows):
+        if args.seq_parallel > 1 or args.rope_base:
+            raise ValueError(f"--method {args.method} takes no --seq_parallel, --rope_base")
+        if any(name.partition(":")[0] != args.method for name in args.beside or ()):
+            raise ValueError(f"only variants of {args.method} can stand beside it")
         if args.seq_len - config.context < 4:
             raise ValueError(f"--context {config.context} leaves fewer than 4 of --seq_len "
                              f"{args.seq_len} tokens")
         if args.eval_seqs < 2:
-            raise ValueError("--eval_seqs must be at least 2: another text's picture is shown too")
+            raise ValueError("--eval_seqs must be at least 2, for another text's picture")
         if args.data == "stories":
+            if args.model or (args.seq_len, config.context) != (64, 32):
+                raise ValueError("stories have their own words and lengths: no --model, --seq_len, "
+                                 "--context")
             return Stories(args.batch, args.seed, args.eval_seqs)
+        if tokenizer is None:
+            raise ValueError(f"--data {args.data} has no text to draw")
 
     @classmethod
     def load(cls, args, config):
         """A folder of this kind, a Llama with fresh maps around it, or a tiny one."""
-        screen = screen_of(config)
-        if args.model and is_reader(args.model):
-            model = load_reader(args.model, args.device)
-            if model.screen[:3] != screen[:3] or model.screen.shape != screen.shape:
-                raise ValueError(f"{args.model} reads {model.screen[:3]}: --columns, --lines, "
-                                 "--layout and --font must be the same")
-            return model
-        return cls.build(args, config, screen).to(args.device)
+        screen, kind = screen_of(config), args.model and kind_of(args.model)
+        if not kind:
+            return cls.build(args, config, screen)
+        if kind != cls.kind or args.from_scratch:
+            raise ValueError(f"{args.model} is a trained {kind}: --method {kind} goes on with it, "
+                             "without --from_scratch")
+        model = load_reader(args.model, args.device)
+        text = "a bb ccc" + "".join(own_font().cells)  # drawn alike: the same layout, font and patch
+        asked = screen if config.font else screen._replace(font=model.screen.font)
+        if not np.array_equal(asked.draw(text), model.screen.draw(text)):
+            raise ValueError(f"{args.model} reads {model.screen[:3]}: --columns, --lines, "
+                             "--layout and --font must be the same")
+        return model
 
     def __init__(self, model, config, seed=0):
         super().__init__(model, config)
         self.screen = model.screen
 
     def pairs(self, data, i) -> list:
-        """(context, text) of micro-batch i, arrays of token ids."""
+        """(context, text) of micro-batch i, lists of token ids."""
         if hasattr(data, "pairs"):
             return data.pairs(i)
         return [self.cut(part) for part in data.batch(i).tokens.tensor_split(data.n_seq)]
@@ -461,16 +495,12 @@ class Reader(Method):
         return self.evaluate(model, data)
 
     def save(self, model, out_dir):
-        return save_reader(model, out_dir, self.config.font)
+        return save_reader(model, out_dir)
 
 
 def screen_of(config) -> Screen:
     font = read_psf(config.font) if config.font else own_font()
     return Screen(config.columns, config.lines, config.layout, font)
-
-
-def is_reader(path) -> bool:
-    return any(kind in read_json(os.path.join(path, "config.json")) for kind in KINDS)
 
 
 def first_token(tokenizer) -> int:
@@ -510,18 +540,19 @@ def page(triples, first) -> Page:
 def states_of(model, batch):
     """States (N, n_embd) of a Page."""
     pictures = dict(patches=batch.patches, at=batch.at) if len(batch.at) else {}
-    return model.hidden(batch.tokens, causal(batch.cu_seqlens), **pictures)
+    return model.hidden(batch.tokens, model.causal(batch.cu_seqlens), **pictures)
 
 
 @torch.no_grad()
 def start_reading(model, tokenizer, n=20000):
     """Set a Llama's read map by least squares: a token drawn by itself reads as its embedding.
 
-    Tokens weigh as Zipf's law has it, for BPE numbers them by how common they are, nearly. Least
-    squares shrink what they cannot tell; so they are stretched to the embeddings' own spread."""
+    Tokens are weighted by 1 / (id + 10): a BPE's ids roughly rank frequency (Zipf's law). The fit
+    shrinks what it cannot tell apart; it is rescaled to the embeddings' variance."""
     screen, patches, ids = model.screen, [], []
+    letter = tokenizer.encode("a")[-1]
     for i, line in itertools.product(range(min(n, model.config.vocab_size)), range(screen.lines)):
-        text = tokenizer.decode([i], marks=False)
+        text = text_between([letter, i], tokenizer, 1, 2)
         patches.append(screen.draw(" " * line * screen.columns + text if text else ""))
         ids += [i] * len(patches[-1])
     x, ids = torch.from_numpy(np.concatenate(patches)).float(), torch.tensor(ids)
@@ -540,6 +571,7 @@ def start_reading(model, tokenizer, n=20000):
 class Screenshot(Reader):
     """Predicts a text behind the picture of what comes before it."""
 
+    kind = "screenshot"
     on_stories = dict(data="stories", seq_len=64, batch=32, steps=900, lr=3e-3, min_lr=0.02,
                       warmup=0.05, weight_decay=0.01, eval_seqs=256, context=32, layout="words",
                       reading=0.0, beside=["screenshot:shown=none"])
@@ -548,9 +580,9 @@ class Screenshot(Reader):
     class Config(Reader.Config):
         shown: str = flag("picture", "what comes before the text, as a picture, as text, or not at "
                                      "all (none)", choices=("picture", "text", "none"))
-        reading: float | None = flag(None, "share of the steps, the first, in which the text to "
-                                           "predict is the pictured one (default: 0.5, stories: "
-                                           "0)", least=0)
+        reading: float | None = flag(None, "share of the steps, at the start, that learn to read: "
+                                           "the target is the pictured text itself (default: 0.5, "
+                                           "stories: 0)", least=0)
         maps_lr: float = flag(3.0, "learning rate of the two maps of patches, times --lr", least=0)
 
     @classmethod
@@ -588,8 +620,8 @@ class Screenshot(Reader):
         return self.page(pairs, data.tokenizer)
 
     def to_read(self, pairs, progress):
-        """Contexts to be read aloud, cut into pieces: of 16 tokens, from half of the warm-up on
-        ever longer ones."""
+        """Pieces of the contexts, each to be repeated behind its own picture: 16 tokens long in
+        the first half of the reading phase, then longer."""
         n = max(16, round((2 * progress - 1) * self.config.context))
         pieces = [context[i:i + n] for context, _ in pairs for i in range(0, len(context), n)]
         return [(piece, piece) for piece in pieces]
@@ -604,14 +636,12 @@ class Screenshot(Reader):
         return page(triples, first_token(tokenizer))
 
     def loss(self, model, batch, step, steps):
-        if model.share is not None:
-            raise ValueError("pictures and --seq_parallel exclude each other")
         states = states_of(model, batch)
         loss = cross_entropy(states, model.head, batch.targets)
         if len(batch.at) == 0:
             return loss, {}
         if step < self.config.reading * steps:
-            self.reading_loss.lerp_(loss.detach(), 0.05 if step else 1.0)
+            self.reading_loss.lerp_(torch.tensor(loss.item()), 0.05 if step else 1.0)
         drawn = patch_loss(model.draw(states[batch.at - 1]), batch.patches)
         return loss + self.config.patch_weight * drawn, {"text": loss.item(), "patch": drawn.item()}
 
@@ -636,7 +666,7 @@ class Screenshot(Reader):
         total, n = 0.0, 0
         for i in range(0, len(pairs), data.n_seq):
             batch = self.page(pairs[i:i + data.n_seq], data.tokenizer)
-            batch = Page(*(x if x is None else x.to(model.head.device) for x in batch))
+            batch = to_device(batch, model.head.device)
             loss = cross_entropy(states_of(model, batch), model.head, batch.targets).item()
             n_targets = int((batch.targets != -100).sum())
             total += loss * n_targets
@@ -644,20 +674,20 @@ class Screenshot(Reader):
         return total / n
 
     def rows(self, model, data, before, runs, out_dir):
-        """A model that never learnt to read is not trained: its row is no result."""
+        """A model that did not learn to read counts as untrained: a line says so."""
         yield "before, no context", before
-        blind, said = before["reading"], []
+        blind, read = before["reading"], []
         for name, (method, m) in runs.items():
             found = method.evaluate(m, data)
             yield name, found
             if method.config.shown == "none":
                 blind = min(blind, found["reading"])
             if method.config.shown == "picture" and method.config.reading:
-                said.append((name, float(method.reading_loss)))
-        for name, loss in said:
+                read.append((name, float(method.reading_loss)))
+        for name, loss in read:
             verdict = "it reads" if loss < blind / 2 else "NOT TRAINED, it does not read"
             print(f"\n{name}: {verdict}: loss of the pictured text {loss:.3f} at the end of the "
-                  f"warm-up, {blind:.3f} without a picture")
+                  f"reading phase, {blind:.3f} without a picture")
 
 
 def tiny_config(args) -> LlamaConfig:
@@ -684,6 +714,7 @@ class Masked(NamedTuple):
 class Pretraining(Reader):
     """Recovers masked text and left-out patches."""
 
+    kind = "ptp"
     on_stories = dict(data="stories", seq_len=64, batch=32, steps=600, lr=3e-3, min_lr=0.02,
                       warmup=0.05, weight_decay=0.01, eval_seqs=256, context=32, layout="words",
                       beside=["ptp:text_weight=0"])
@@ -693,8 +724,14 @@ class Pretraining(Reader):
         text_weight: float = flag(1.0, "of the text's loss", least=0)
         mask: float = flag(0.25, "share of the tokens drawn as <mask>", least=0)
         left_out: float = flag(0.1, "share of the patches left out", least=0)
-        text_layers: int = flag(1, "of the text decoder (official: 12)", least=1)
-        draw_layers: int = flag(1, "of the painter (official: 8)", least=1)
+        text_layers: int = flag(1, "of a new text decoder (official: 12)", least=1)
+        draw_layers: int = flag(1, "of a new painter (official: 8)", least=1)
+
+    @classmethod
+    def defaults(cls, args, config):
+        fresh = args.model is not None and kind_of(args.model) is None
+        rate = dict(from_scratch=True, lr=1e-3) if fresh else {}
+        return rate | super().defaults(args, config)
 
     @classmethod
     def build(cls, args, config, screen):
@@ -730,21 +767,19 @@ class Pretraining(Reader):
         return text, patch_loss(drawn, batch.patches[batch.left_out])
 
     def loss(self, model, batch, step, steps):
-        if model.share is not None:
-            raise ValueError("pictures and --seq_parallel exclude each other")
         text, drawn = self.losses(model, batch)
         loss = self.config.text_weight * text + self.config.patch_weight * drawn
         return loss, {"text": text.item(), "patch": drawn.item()}
 
     @torch.no_grad()
     def evaluate(self, model, data):
-        """Both losses of held-out texts; of stories also what the encoder knows of new words."""
+        """Both losses of held-out texts, means over micro-batches."""
         pairs, rng = self.held_out(data), np.random.default_rng((data.seed, 2 ** 31))
         found = []
         for i in range(0, len(pairs), data.n_seq):
             texts = [context + text for context, text in pairs[i:i + data.n_seq]]
             batch = self.masked(texts, data.tokenizer, rng)
-            batch = Masked(*(x if x is None else x.to(model.head.device) for x in batch))
+            batch = to_device(batch, model.head.device)
             found.append([loss.item() for loss in self.losses(model, batch)])
         text, patch = np.mean(found, 0)
         return {"text": text, "patch": patch}
@@ -806,17 +841,17 @@ class Stories:
         rng = np.random.default_rng((seed, 2 ** 31))
         self.held_out_pairs = [self.story(rng)[:2] for _ in range(n_held_out)]
 
-    def story(self, rng, n_before=3, n_after=3, adjectives=slice(None)):
+    def story(self, rng, n_sentences=6, adjectives=slice(None)):
         """(ids before, ids after, is it good?)."""
         chosen = {kind: words[rng.integers(6)] for kind, words in (
             ("NAME", self.names), ("THING", self.things), ("PLACE", self.places),
             ("FOOD", self.foods))}
         is_good = bool(rng.integers(2))
         moods, parts = (self.good if is_good else self.bad)[adjectives], ([], [])
-        for i in range(n_before + n_after):
+        for i in range(n_sentences):
             for word in self.templates[rng.integers(len(self.templates))]:
                 word = moods[rng.integers(len(moods))] if word == "ADJ" else chosen.get(word, word)
-                parts[i >= n_before].append(self.tokenizer.ids[word])
+                parts[2 * i // n_sentences].append(self.tokenizer.ids[word])
         return *parts, is_good
 
     def pairs(self, i) -> list:
@@ -829,7 +864,7 @@ class Stories:
         unlabelled stories of the pre-training had."""
         rng, sets = np.random.default_rng((self.seed, 3)), []
         for n, adjectives in ((n_train, slice(4)), (n_test, slice(4)), (n_test, slice(4, 8))):
-            stories = [self.story(rng, 2, 2, adjectives) for _ in range(n)]
+            stories = [self.story(rng, 4, adjectives) for _ in range(n)]
             texts = [self.tokenizer.decode(a + b) for a, b, _ in stories]
             sets.append((texts, [int(is_good) for _, _, is_good in stories]))
         found = []
@@ -863,7 +898,7 @@ class Classifier(nn.Module):
 
 def fine_tuned(model, texts, labels, epochs=10, seed=0, lr=1e-3, batch=32):
     """texts -> classes, by a copy of the encoder trained on texts and their labels 0 .. n - 1."""
-    with torch.enable_grad():
+    with torch.enable_grad(), torch.autocast(model.head.device.type, enabled=False):
         classifier, rng = Classifier(model, max(labels) + 1, seed), np.random.default_rng(seed)
         weights = [p for name, p in classifier.named_parameters()
                    if name.startswith(("head", "model.encoder", "model.read"))]
@@ -902,8 +937,8 @@ LABEL_COLUMNS = ("label", "gold_label", "Quality", "is_duplicate")
 def read_glue(path):
     """(texts, labels 0 .., names of the labels) of a GLUE task's TSV file, whose header names the
     columns; quotation marks are plain text. A pair of sentences is two lines. Raises ValueError."""
-    with open(path, encoding="utf-8") as f:
-        header, *rows = (line.rstrip("\n").split("\t") for line in f)
+    with open(path, encoding="utf-8-sig") as f:  # MRPC's begins with a byte order mark
+        header, *rows = [line.rstrip("\n").split("\t") for line in f] or [[]]
     shown = [i for i, name in enumerate(header) if name in TEXT_COLUMNS]
     label = next((i for i, name in enumerate(header) if name in LABEL_COLUMNS), None)
     if not shown or label is None:
@@ -952,7 +987,7 @@ def cross_validated(fit, texts, labels, folds=5, seed=0) -> float:
 def print_glue(model, path, epochs, lr):
     texts, labels, names = read_glue(path)
     warn_of_boxes("".join(texts), model.screen.font)
-    fresh = PTP(model.config, model.screen, model.enc_layers, model.draw_layers).init_weights()
+    fresh = PTP(model.config, model.screen, model.enc_layers, model.draw_layers).init_weights(0)
     fits = {"bag of words": bag_of_words}
     for name, encoder in ("untrained", fresh.to(model.head.device)), ("pre-trained", model):
         fits[name] = functools.partial(fine_tuned, encoder, epochs=epochs, lr=lr)
@@ -975,7 +1010,7 @@ def recovered(model, ids, tokenizer, mask=0.25, left_out=0.1, seed=0):
     The painter knows a patch up to its brightness and contrast: it lends them from the original."""
     masker = Pretraining(model, Pretraining.Config(mask=mask, left_out=left_out))
     batch = masker.masked([ids], tokenizer, np.random.default_rng(seed))
-    batch = Masked(*(x if x is None else x.to(model.head.device) for x in batch))
+    batch = to_device(batch, model.head.device)
     states, places = model.encode(batch.patches, batch.left_out, batch.cu)
     out, patches = batch.left_out[:, None], batch.patches
     var, mean = torch.var_mean(patches, dim=1, keepdim=True)
@@ -1006,11 +1041,13 @@ def main():
     if not config.model or not (config.glue or config.context and (config.prompt or config.figure)):
         raise ValueError("--model and --context with --prompt or --figure, or --glue, are needed; "
                          "train.py --method ptp or screenshot trains")
-    model, tokenizer = load_reader(config.model, config.device), load_tokenizer(config.model)
-    if isinstance(model, PTP) == bool(config.prompt):
+    join(config.device)
+    model, needs_ptp = load_reader(config.model, config.device), config.glue or config.figure
+    if bool(needs_ptp) == bool(config.prompt) or bool(needs_ptp) != isinstance(model, PTP):
         raise ValueError("--prompt needs a ScreenshotLM, --figure and --glue a PTP")
     if config.glue:
         return print_glue(model, config.glue, config.epochs, config.lr)
+    tokenizer = load_tokenizer(config.model)
     with open(config.context, encoding="utf-8") as f, torch.no_grad():
         text = f.read()
         warn_of_boxes(text, model.screen.font)

@@ -3607,10 +3607,11 @@ def trained(capsys, line):
 def made(line):
     """(method, model, data) as train.py makes them of a command line."""
     args, config = train.read_flags(["--method", *line.split()], train.METHODS)
-    kind, tokenizer = train.METHODS[args.method], byte_tokenizer()
-    data = kind.data(args, config, tokenizer, ())
+    kind, rows = train.METHODS[args.method], train.Rows(args.data)
+    tokenizer = None if args.data in train.STREAMS else byte_tokenizer()
+    data = kind.data(args, config, tokenizer, rows)
     model = train.build_model(kind, args, config)
-    return kind(model, config, args.seed), model, data or train.own_data(args, tokenizer, ())
+    return kind(model, config, args.seed), model, data or train.own_data(args, tokenizer, rows)
 
 
 def logged(path, event):
@@ -4889,7 +4890,7 @@ def test_readers_are_saved_with_how_they_see(kind, tmp_path):
     screen = ptp.Screen(3, 2, "proportional", ptp.read_psf(tmp_path / "own.psf"))
     more = (3, 2) if kind is ptp.PTP else ()
     model = kind(small().config, screen, *more).init_weights(0)
-    ptp.save_reader(model, tmp_path / "reader", tmp_path / "own.psf")
+    ptp.save_reader(model, tmp_path / "reader")
     again = ptp.load_reader(tmp_path / "reader")
     assert type(again) is kind and same(again.state_dict().values(), model.state_dict().values())
     assert again.screen[:3] == screen[:3]
@@ -4902,6 +4903,29 @@ def test_readers_are_saved_with_how_they_see(kind, tmp_path):
     (tmp_path / "reader/config.json").write_text(json.dumps(about))
     with pytest.raises(ValueError, match="unsupported"):
         ptp.load_reader(tmp_path / "reader")
+
+
+@pytest.mark.parametrize("line,error", [
+    ("--seq_len 100", "their own words"), ("--data facts --seq_len 99", "no text to draw"),
+    ("--beside lm", "only variants"), ("--eval_seqs 1", "another text's"), ("--rope_base 9", "no"),
+    ("--data x --context 62 --seq_len 64", "fewer than 4"), ("--font test_all.py", "not a PSF")])
+def test_what_readers_refuse(line, error, workshop):
+    for method in ("ptp", "screenshot"):
+        with pytest.raises(ValueError, match=error):
+            made(f"{method} {line.replace('test_all', HERE + '/test_all')}")
+
+
+def test_a_trained_reader_goes_on_as_what_it_is(workshop):
+    """With the screen that it was trained with, and by its own method."""
+    screen = ptp.Screen(3, 1)
+    model = ptp.ScreenshotLM(small(vocab_size=258).config, screen).init_weights(0)
+    ptp.save_reader(model, "reader")
+    text = f"--model reader --data {HERE}/README.md --context 8 --seq_len 16 --columns"
+    _, again, _ = made(f"screenshot {text} 3")
+    assert same(again.state_dict().values(), model.state_dict().values())
+    for line in (f"screenshot {text} 2", f"ptp {text} 3", f"screenshot --from_scratch {text} 3"):
+        with pytest.raises(ValueError, match="reader"):
+            made(line)
 
 
 def test_glue_files_are_read(tmp_path):
@@ -4990,9 +5014,10 @@ def test_clebsch_gordan_coefficients():
             A, B, D = (hamiltonian.wigner(l, R) for l in (a, b, c))
             turned = torch.einsum("ai,bj,ijk->abk", A, B, C)
             close(turned, torch.einsum("abk,kc->abc", C, D), 1e-9)
+        first = C[C.abs() > 0.99 * C.abs().max()][0]  # the sign must not hang on rounding
+        assert first > 0
     for l in range(3):
-        C = hamiltonian.clebsch_gordan(0, l, l)[0]
-        close(C.abs(), torch.eye(2 * l + 1), 1e-10)
+        close(hamiltonian.clebsch_gordan(0, l, l)[0], torch.eye(2 * l + 1), 1e-10)
 
 
 WATER = hamiltonian.Orbitals({1: [0], 8: [0, 0, 1]})

@@ -42,7 +42,8 @@ from eval_tasks import TINY, FactData, final_answer, tiny_model, tiny_start, wor
 from model import (CHAT_FORMATS, DTYPES, TOKENIZER_FILES, Llama, Method, Parser, Trunk, all_reduce,
                    append_line, barrier, byte_tokenizer, collate, fingerprint, flag,
                    generate, join, load_config, load_model, load_tokenizer, parse, peak_memory,
-                   permutation, rank, read_json, replacing, run, shuffled, world_size,
+                   permutation, rank, read_json, replacing, run, shuffled, to_device,
+                   world_size,
                    write_tensors)
 
 METHODS = {
@@ -670,7 +671,7 @@ def learn(method, model, data, step, args):
         raise ValueError(f"step {step} has nothing to predict")
     sums = {"loss": 0.0}
     for batch, weight in zip(batches, weights):
-        batch = type(batch)(*(x if x is None else x.to(args.device) for x in batch))
+        batch = to_device(batch, args.device)
         share_sequence(model, batch, args)
         with autocast(args):
             loss, metrics = method.loss(model, batch, step, args.steps)
