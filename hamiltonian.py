@@ -69,12 +69,20 @@ def random_turns(n, rng):
     return torch.from_numpy(q)
 
 
-def wigner(l, R):
-    """D (2 l + 1, 2 l + 1), float64: harmonics(l, R u) = D harmonics(l, u), R a turn or mirror."""
-    R = torch.as_tensor(R, dtype=torch.float64)
+@functools.cache
+def sampled(l):
+    """(unit vectors, the pseudo-inverse of their harmonics)."""
     points = np.random.default_rng(0).standard_normal((8 * l + 4, 3))
     u = F.normalize(torch.from_numpy(points), dim=1)
-    return torch.linalg.lstsq(harmonics(l, u), harmonics(l, u @ R.T)).solution.T
+    return u, torch.linalg.pinv(harmonics(l, u))
+
+
+def wigner(l, R):
+    """D (..., 2 l + 1, 2 l + 1), float64: harmonics(l, R u) = D harmonics(l, u), by least squares
+    over some u. R (..., 3, 3): turns or mirrors."""
+    u, inverse = sampled(l)
+    R = torch.as_tensor(R, dtype=torch.float64)
+    return (inverse @ harmonics(l, u @ R.mT)).mT
 
 
 @functools.lru_cache(None)
@@ -125,8 +133,11 @@ class Orbitals:
         return found
 
     def turn(self, R):
-        """(n, n): how the slots of an atom turn."""
-        return torch.block_diag(*(wigner(l, R) for l in self.slots))
+        """(..., n, n): how the slots of an atom turn with R (..., 3, 3)."""
+        D = torch.zeros(*R.shape[:-2], self.n, self.n, dtype=torch.float64)
+        for l, start, end in zip(self.slots, self.starts, self.starts[1:]):
+            D[..., start:end, start:end] = wigner(l, R)
+        return D
 
     def frames(self):
         """(parts (K, M, n, n), flips (K,)): parts[k, m] is component m of degree c in one pair of
@@ -240,7 +251,7 @@ class Covariant(nn.Module):
         self.mix = nn.ModuleList(Mix(degree, channels) for _ in range(layers))
         self.of_i, self.of_j = (Product(degree, n_known, channels) for _ in range(2))
         parts, flips = orbitals.frames()
-        self.read = nn.Parameter(torch.zeros(2 * n_species ** 2, len(parts), channels))
+        self.readout = nn.Parameter(torch.zeros(2 * n_species ** 2, len(parts), channels))
         self.register_buffer("parts", parts, persistent=False)
         self.register_buffer("flips", flips, persistent=False)
         self.register_buffer("exists", orbitals.exists, persistent=False)
@@ -250,7 +261,7 @@ class Covariant(nn.Module):
     def init_weights(self, seed):
         init_matrices(self, seed)
         rng = torch.Generator().manual_seed(seed + 1)
-        for p in (self.read, *(mix.weight for mix in self.mix)):
+        for p in (self.readout, *(mix.weight for mix in self.mix)):
             nn.init.normal_(p, std=p.shape[-1] ** -0.5, generator=rng)
         return self
 
@@ -271,7 +282,7 @@ class Covariant(nn.Module):
             x = x + mix(x + gathered)
         edges = self.of_i(x[pairs.i], y, known) + self.of_j(x[pairs.j], y, known)
         kinds = self.kinds(species, pairs)
-        blocks = self.blocks(edges, self.read[kinds], species, pairs)
+        blocks = self.blocks(edges, self.readout[kinds], species, pairs)
         is_self = (pairs.i == pairs.j)[:, None, None]
         return blocks + is_self * self.mean[species[pairs.i]], x, edges, pairs, known
 
@@ -412,10 +423,11 @@ class Structures(NamedTuple):
     n_occupied: torch.Tensor
 
     def turned(self, orbitals, rng):
-        """Each molecule turned at random, with its blocks."""
+        """(each molecule turned at random, with its blocks; how the blocks of each pair turned,
+        (P, n, n))."""
         pairs, cu = Pairs.of(self.cu_seqlens), self.cu_seqlens.tolist()
         R = random_turns(len(cu) - 1, rng)
-        D = torch.stack([orbitals.turn(x) for x in R]).float().to(self.blocks.device)
+        D = orbitals.turn(R).float().to(self.blocks.device)
         molecule = torch.arange(len(R)).repeat_interleave(self.cu_seqlens.diff().cpu())
         of_pair = molecule[pairs.i.cpu()]
         R = R.float().to(self.positions.device)
@@ -471,9 +483,9 @@ def read_molecules(path):
     """(Orbitals, [Structures]) of a safetensors file. Its tensors: species (N,), atomic numbers;
     positions (N, 3) [Angstrom]; cu_seqlens; n_occupied (B,); h and s, the upper triangles of each
     molecule's matrices, row by row [eV]; its metadata: shells {"8": [0, 0, 1], ..}, the degrees of
-    each atom's orbitals, and order, in which it has those of l = 1 (above, m = -l .. l, as
-    harmonics has them). If rotation (3, 3) is there,
-    the last molecule is the first one so turned, and must have its blocks so turned.
+    each atom's orbitals, and order, in which it has those of l = 1 (higher ones as harmonics has
+    them, m = -l .. l). If rotation (3, 3) is there, the last molecule is the first one so turned,
+    and must have its blocks so turned.
 
     Raises ValueError for what does not fit."""
     try:
@@ -605,7 +617,7 @@ class TwoStage(Method):
 
     @dataclass
     class Config:
-        stages: int = flag(2, "1: the covariant stage alone, for all steps", least=1)
+        stages: int = flag(2, "1: the covariant stage alone, for all steps", choices=(1, 2))
         strict: bool = flag(False, "stage 2 covariant by construction")
         joint: bool = flag(True, "train stage 1 on while stage 2 is trained")
         first: float = flag(0.6, "share of the steps that train stage 1 alone", least=0)

@@ -1698,7 +1698,7 @@ def argument(f, kind) -> dict:
         return dict(help=help, action="append", metavar="S")
     if f.metadata["choices"]:
         once = dict(nargs="?", const=f.metadata["bare"]) if f.metadata["bare"] else {}
-        return dict(help=help, choices=f.metadata["choices"], **once)
+        return dict(help=help, type=kind, choices=f.metadata["choices"], **once)
     return dict(help=help, type=kind, metavar={int: "N", float: "X"}.get(kind, "S"))
 
 

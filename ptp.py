@@ -16,7 +16,7 @@ the perplexity of a text. What came out here, at small sizes, is in results/.
 
     python train.py --method ptp                                  # embedded: stories
     python train.py --method screenshot
-    python train.py --method screenshot --model DIR --data SRC --context 256 --seq_len 512
+    python train.py --method screenshot --model DIR --data SRC --context 64 --seq_len 128
 and what a run with --model left:
 
     python ptp.py --model out/screenshot --context FILE --prompt TEXT      # go on behind a picture
@@ -81,6 +81,7 @@ class Font(NamedTuple):
         return box
 
 
+@functools.cache
 def own_font() -> Font:
     """A font of 95 characters, 5 x 7 pixels in cells of 6 x 8."""
     cells = {}
@@ -413,8 +414,6 @@ class Reader(Method):
     """Flags of the picture, and the data: pairs of what comes before a text, and the text. A
     subclass says its `kind` of folder."""
 
-    own_attention = True
-
     @dataclass
     class Config:
         columns: int = flag(2, "characters that a patch is wide", least=1)
@@ -461,7 +460,7 @@ class Reader(Method):
             raise ValueError(f"{args.model} is a trained {kind}: --method {kind} goes on with it, "
                              "without --from_scratch")
         model = load_reader(args.model, args.device)
-        text = "a bb ccc" + "".join(own_font().cells)  # drawn alike: the same layout, font and patch
+        text = "a bb ccc" + "".join(own_font().cells)  # drawn alike: the same layout and font
         asked = screen if config.font else screen._replace(font=model.screen.font)
         if not np.array_equal(asked.draw(text), model.screen.draw(text)):
             raise ValueError(f"{args.model} reads {model.screen[:3]}: --columns, --lines, "
@@ -714,7 +713,7 @@ class Masked(NamedTuple):
 class Pretraining(Reader):
     """Recovers masked text and left-out patches."""
 
-    kind = "ptp"
+    kind, own_attention = "ptp", True  # the encoder's has no window
     on_stories = dict(data="stories", seq_len=64, batch=32, steps=600, lr=3e-3, min_lr=0.02,
                       warmup=0.05, weight_decay=0.01, eval_seqs=256, context=32, layout="words",
                       beside=["ptp:text_weight=0"])
@@ -975,13 +974,12 @@ def bag_of_words(texts, labels):
 def cross_validated(fit, texts, labels, folds=5, seed=0) -> float:
     """Accuracy on all texts, each classified by what fit(texts, labels) learnt from the other
     folds."""
-    order, right = np.random.default_rng(seed).permutation(len(texts)), 0
+    order, found = np.random.default_rng(seed).permutation(len(texts)), {}
     for part in tqdm(np.array_split(order, folds), "folds", disable=None, leave=False):
         rest = np.setdiff1d(order, part)
         classify = fit([texts[i] for i in rest], [labels[i] for i in rest])
-        found = classify([texts[i] for i in part])
-        right += sum(a == labels[i] for a, i in zip(found, part))
-    return right / len(texts)
+        found |= zip(part.tolist(), classify([texts[i] for i in part]))
+    return accuracy([found[i] for i in range(len(texts))], labels)
 
 
 def print_glue(model, path, epochs, lr):

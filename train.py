@@ -42,8 +42,7 @@ from eval_tasks import TINY, FactData, final_answer, tiny_model, tiny_start, wor
 from model import (CHAT_FORMATS, DTYPES, TOKENIZER_FILES, Llama, Method, Parser, Trunk, all_reduce,
                    append_line, barrier, byte_tokenizer, collate, fingerprint, flag,
                    generate, join, load_config, load_model, load_tokenizer, parse, peak_memory,
-                   permutation, rank, read_json, replacing, run, shuffled, to_device,
-                   world_size,
+                   permutation, rank, read_json, replacing, run, shuffled, to_device, world_size,
                    write_tensors)
 
 METHODS = {

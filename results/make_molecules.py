@@ -1,8 +1,8 @@
 """Molecules with their Hamiltonians, computed by pyscf (pip install pyscf safetensors).
 
     python results/make_molecules.py results/molecules.safetensors water=100 ammonia=100 \\
-        methane=100 benzene=15                                             # 40 s
-    python results/make_molecules.py waters.safetensors water=500          # 1 min
+        methane=100 benzene=15                                             # 20 s
+    python results/make_molecules.py waters.safetensors water=500
 
 Restricted Hartree-Fock in the STO-3G basis: the converged Fock matrix and the overlap. Every atom
 is moved from its place by noise of 0.1 Angstrom (benzene 0.05). The file is one that hamiltonian.py

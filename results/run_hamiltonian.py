@@ -1,8 +1,8 @@
-"""The rows of results/hamiltonian.md, each a run of train.py: JSON lines in raw/hamiltonian.jsonl.
+"""The rows of results/README.md, each a run of train.py: JSON lines in raw/hamiltonian.jsonl.
 
-    python results/run_hamiltonian.py clusters    # embedded data, three seeds: 1 h on one core
-    python results/run_hamiltonian.py molecules   # molecules.safetensors, three seeds: 1 h
-    python results/run_hamiltonian.py curve       # errors by the number of molecules learnt: 1 h
+    python results/run_hamiltonian.py clusters    # embedded data, three seeds: 35 min on one core
+    python results/run_hamiltonian.py molecules   # molecules.safetensors, three seeds
+    python results/run_hamiltonian.py curve       # errors by the number of molecules learnt
     python results/run_hamiltonian.py figure      # hamiltonian-curve.svg from what the curve left
     python results/run_hamiltonian.py cost        # time by the molecules of a pack, prints a table
 """

@@ -1,7 +1,7 @@
-"""The rows of results/screenshots.md, each a run of train.py: a JSON line in raw/screenshots.jsonl.
+"""The rows of results/README.md, each a run of train.py: a JSON line in raw/screenshots.jsonl.
 
-    python results/run_screenshots.py stories               # embedded data, three seeds: 30 min
-    python results/run_screenshots.py real DIR              # SmolLM2-135M in DIR: 3 h; resumes
+    python results/run_screenshots.py stories        # embedded data, three seeds: about 1 h
+    python results/run_screenshots.py real DIR       # SmolLM2-135M in DIR: about 30 min a row
 """
 import sys
 
@@ -18,7 +18,6 @@ ROWS = {  # a picture's rows are named by the characters of a patch; they go on 
     "8 on": f"{TWO} --columns 8", "16": f"{ONE} --columns 4 --lines 4",
     "16 on": f"{TWO} --columns 4 --lines 4", "2": f"{ONE} --columns 2",
     "2 on": f"{TWO} --columns 2"}
-
 
 if sys.argv[1:] == ["stories"]:
     for seed in range(3):
