@@ -543,7 +543,7 @@ def check_turned(one, other, orbitals, R, path):
     for name in ("blocks", "overlap"):
         want, got = D @ getattr(one, name) @ D.T, getattr(other, name)
         error = ((want - got).abs().max() / want.abs().max()).item()
-        if error > 1e-5:  # float32 keeps 6e-8, a converged calculation about 1e-7
+        if error > 1e-5:  # float32 keeps 6e-8
             raise ValueError(f"{path}: {name} do not turn with the molecule (error {error:.1e} of "
                              "the largest): is the order of orbitals as it says?")
 

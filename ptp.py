@@ -231,14 +231,17 @@ def patch_loss(drawn, patches):
 def span_mask(n, share, rng):
     """bool (n,): the round(share n) patches to leave out, in spans of 1 to 6, each at least its own
     length from those before it; the rest at random."""
-    out, n_out = np.zeros(n, bool), round(share * n)
-    for _ in range(100):
-        span = 1 + rng.choice(6, p=(0.2, 0.2, 0.2, 0.2, 0.1, 0.1))
-        span = int(min(span, n_out - out.sum()))
+    out, left = np.zeros(n, bool), round(share * n)
+    spans = 1 + rng.choice(6, 100, p=(0.2, 0.2, 0.2, 0.2, 0.1, 0.1))
+    for span in spans:
+        span = min(span, left)
         start = rng.integers(n - span + 1)
         if not out[max(0, start - span):start + 2 * span].any():
             out[start:start + span] = True
-    out[rng.permutation(np.flatnonzero(~out))[:n_out - out.sum()]] = True
+            left -= span
+        if left == 0:
+            break
+    out[rng.permutation(np.flatnonzero(~out))[:left]] = True
     return out
 
 
@@ -592,17 +595,12 @@ class Screenshot(Reader):
     def build(cls, args, config, screen):
         if args.model is None:
             return ScreenshotLM(tiny_config(args), screen).init_weights(args.seed)
-        llama = load_model(args.model, args.device)
-        model = ScreenshotLM(llama.config, screen)
-        init_matrices(model, args.seed)
+        model = ScreenshotLM(load_config(args.model), screen).init_weights(args.seed)
         if not args.from_scratch:
+            llama = load_model(args.model)
             model.load_state_dict(llama.state_dict(), strict=False)
             start_reading(model, load_tokenizer(args.model))
         return model
-
-    def __init__(self, model, config, seed=0):
-        super().__init__(model, config)
-        self.reading_loss = nn.Parameter(torch.zeros(()), requires_grad=False)  # a moving average
 
     def param_groups(self, model, args):
         maps = [*model.read.parameters(), *model.draw.parameters()]
@@ -639,8 +637,6 @@ class Screenshot(Reader):
         loss = cross_entropy(states, model.head, batch.targets)
         if len(batch.at) == 0:
             return loss, {}
-        if step < self.config.reading * steps:
-            self.reading_loss.lerp_(torch.tensor(loss.item()), 0.05 if step else 1.0)
         drawn = patch_loss(model.draw(states[batch.at - 1]), batch.patches)
         return loss + self.config.patch_weight * drawn, {"text": loss.item(), "patch": drawn.item()}
 
@@ -682,11 +678,11 @@ class Screenshot(Reader):
             if method.config.shown == "none":
                 blind = min(blind, found["reading"])
             if method.config.shown == "picture" and method.config.reading:
-                read.append((name, float(method.reading_loss)))
+                read.append((name, found["reading"]))
         for name, loss in read:
             verdict = "it reads" if loss < blind / 2 else "NOT TRAINED, it does not read"
-            print(f"\n{name}: {verdict}: loss of the pictured text {loss:.3f} at the end of the "
-                  f"reading phase, {blind:.3f} without a picture")
+            print(f"\n{name}: {verdict}: loss of the pictured text {loss:.3f}, without a picture "
+                  f"{blind:.3f}")
 
 
 def tiny_config(args) -> LlamaConfig:

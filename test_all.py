@@ -2312,7 +2312,10 @@ TOGETHER = {  # flags, and whether sequences can be shared
             "--n_random 1", True),
     "ceped": ("--method ceped --decoder_steps 2 --batch 2 --lr 1e-3 --mlm 0.3 --duplicate 0.3 "
               "--mask_chunks 0.5", False),
-    "vlorp": ("--method vlorp --data facts --seq_len 64 --batch 2 --granularity 4", True)}
+    "vlorp": ("--method vlorp --data facts --seq_len 64 --batch 2 --granularity 4", True),
+    "ptp": ("--method ptp --data stories.txt --seq_len 16 --batch 2", False),
+    "screenshot": ("--method screenshot --data stories.txt --seq_len 16 --batch 2 --reading 0.5",
+                   False)}
 
 
 def connected(rank, size, port, cwd):
@@ -2352,6 +2355,7 @@ def test_several_processes_train_as_one(tmp_path, name):
     """One, two, and two that share every sequence: losses equal within 1e-5, weights but for
     rounding (Adam makes of the last bit of a gradient near 0 a step of either sign)."""
     save_model(Llama(eval_tasks.TINY).init_weights(0), tmp_path / "tiny")
+    (tmp_path / "stories.txt").write_text("A story that goes on. " * 200)
     runs = {"one": (1, []), "two": (2, [])}
     if TOGETHER[name][1]:
         runs["shared"] = 2, ["--seq_parallel", "2"]
@@ -3668,6 +3672,18 @@ def test_variants_stand_in_one_table(variant, workshop, capsys):
         assert a["tokens"] == b["tokens"]
         same_start = name == "vlorp" and a["step"] == 0  # MeCo's first batch has its URLs
         assert (a["loss"] == b["loss"]) == same_start
+
+
+@pytest.mark.parametrize("method", ["lm --from_scratch", "ptp", "screenshot --from_scratch"])
+def test_a_config_is_enough_to_begin_from(method, workshop, capsys):
+    """A folder without weights: shapes for fresh ones."""
+    save_model(small(vocab_size=258), "shapes")
+    os.remove("shapes/model.safetensors")
+    line = (f"--method {method} --model shapes --data {HERE}/README.md --seq_len 32 --steps 1 "
+            "--eval_seqs 2 --out_dir o")
+    table = trained(capsys, line)
+    assert os.path.exists("o/model.safetensors")
+    assert trained(capsys, f"{line} --resume") == table
 
 
 def test_flags_are_read_as_the_user_means_them():

@@ -804,7 +804,7 @@ def check_fits(kind, model, data, args):
 
 
 def weights_of(args):
-    return fingerprint(args.model) if args.model else None
+    return fingerprint(args.model, weights=not args.from_scratch) if args.model else None
 
 
 def check_out_dir(args, config):
